@@ -9,7 +9,7 @@ groups are known beforehand, a micro-batch can be reduced on its own, before the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlattn.config import HeadsConfig, SignalsConfig
 from rlattn.credit.selection import select
-from rlattn.types import Rollouts, Signals
+from rlattn.types import ExtraSignal, Rollouts, Signals
 
 if TYPE_CHECKING:
     from rlattn.kernels import AttentionStatistics
@@ -108,10 +108,9 @@ class SignalRows:
 
 @dataclass(frozen=True)
 class ReducedSignals:
-    """A rank's signals: `waad` and `fai` [t] fp32 on the CPU per micro-batch; `groups` [L, H] int8 as in `Signals`."""
+    """A rank's signals: `reduce_rows` of each micro-batch; `groups` [L, H] int8 as in `Signals`."""
 
-    waad: list[Tensor]
-    fai: list[Tensor]
+    columns: list[dict[str, Tensor]]
     means: HeadMeans
     groups: Tensor
 
@@ -199,8 +198,13 @@ def groups_of(means: HeadMeans, heads: HeadsConfig, known: Tensor | None = None)
     return head_groups(means.span, heads.fraction)
 
 
-def reduce_rows(rows: SignalRows, heads: HeadsConfig, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """WAAD and FAI of one micro-batch, [t] fp32 on the CPU each [Li 2026, eq. 9-10].
+EXTRA: dict[ExtraSignal, Callable[[SignalRows], Tensor]] = {"fai_all": lambda rows: rows.fai.mean((0, 1))}  # -> [t]
+
+
+def reduce_rows(
+    rows: SignalRows, heads: HeadsConfig, groups: Tensor | None, extra: Collection[ExtraSignal] = ()
+) -> dict[str, Tensor]:
+    """`waad`, `fai` [Li 2026, eq. 9-10] and the `extra` signals of one micro-batch, [t] fp32 on the CPU each.
 
     `groups` is [L, H] int8, or None under scope `sequence`, whose sequences are grouped by their own spans.
 
@@ -225,7 +229,9 @@ def reduce_rows(rows: SignalRows, heads: HeadsConfig, groups: Tensor | None) -> 
         def reduce(values: Tensor, group: int) -> Tensor:
             return group_mean(values, shared, group).cpu()
 
-    return reduce(rows.waad, LOCAL), reduce(rows.fai, GLOBAL)
+    columns = {"waad": reduce(rows.waad, LOCAL), "fai": reduce(rows.fai, GLOBAL)}
+    columns.update((name, EXTRA[name](rows).cpu()) for name in extra)
+    return columns
 
 
 def reduce_signals(
@@ -233,6 +239,7 @@ def reduce_signals(
     heads: HeadsConfig,
     *,
     groups: Tensor | None = None,
+    extra: Collection[ExtraSignal] = (),
     all_reduce: AllReduce | None = None,
 ) -> ReducedSignals:
     """Group the heads and reduce this rank's rows to WAAD and FAI per token [Li 2026, eq. 7-10].
@@ -242,6 +249,7 @@ def reduce_signals(
         heads: `scope: batch` and `calibrated` group heads once, by spans pooled over the response rows of every rank;
             `sequence` groups them for each sequence by its own.
         groups: [L, H] int8, to use instead of grouping; the rows may then lack spans.
+        extra: further signals to reduce to, see `Signals`.
         all_reduce: adds a tensor over the ranks, in place; None on a single rank. Every rank must call this function.
 
     Returns:
@@ -249,8 +257,7 @@ def reduce_signals(
     """
     means = pool_heads([r.sums for r in rows], all_reduce)
     groups = groups_of(means, heads, groups)
-    reduced = [reduce_rows(r, heads, groups) for r in rows]
-    return ReducedSignals([waad for waad, _ in reduced], [fai for _, fai in reduced], means, groups)
+    return ReducedSignals([reduce_rows(r, heads, groups, extra) for r in rows], means, groups)
 
 
 def signal_metrics(signals: Signals, rollouts: Rollouts, previous_groups: HeadGroups | None = None) -> dict[str, float]:

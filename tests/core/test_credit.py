@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from rlattn import registry
 from rlattn.config import CreditConfig
-from rlattn.credit import CreditError, PackedResponses, ResponseSignals, assign, assign_packed, spending
+from rlattn.credit import CreditError, PackedResponses, ResponseSignals, assign, assign_packed, needed, needs, spending
 from rlattn.credit.selection import budget, select, waad_change
-from rlattn.types import Signals
+from rlattn.types import Scores, Signals
 from tests.make import make_rollouts
 
 NAMES = list(registry.CREDIT.builtin)
@@ -31,9 +32,10 @@ config_of = cache(lambda name, **options: CreditConfig(name=name, **options))
 strategy = cache(registry.CREDIT.load)  # a look-up scans every installed distribution
 
 
-def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, seed=0, **options):
-    waad, fai, entropy = (torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy))
-    response = ResponseSignals(waad, fai, entropy, torch.Generator().manual_seed(seed))
+def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, logps=None, extra=None, seed=0, **options):
+    columns = [torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy, logps or [-1] * len(waad))]
+    extra = {name: torch.tensor(extra, dtype=torch.float32) for name in needed(name)}
+    response = ResponseSignals(*columns, torch.Generator().manual_seed(seed), extra)
     return strategy(name)(response, config_of(name, **options))
 
 
@@ -198,16 +200,17 @@ def make_batch(responses=(30, 1, 0, 17, 44), prompts=None, seed=0):
     rollouts = make_rollouts(list(prompts or [3 + i for i in range(len(responses))]), list(responses))
     mask = rollouts.response_mask
     generator = torch.Generator().manual_seed(seed)
-    waad, fai, entropy = (torch.rand(len(mask), generator=generator) * mask for _ in range(3))
+    waad, fai, entropy, logps, fai_all = (torch.rand(len(mask), generator=generator) * mask for _ in range(5))
     heads = torch.zeros(1, 2)
-    return rollouts, Signals(waad, fai, [0], heads, heads, heads, heads.to(torch.int8)), entropy
+    signals = Signals(waad, fai, [0], heads, heads, heads, heads.to(torch.int8), {"fai_all": fai_all})
+    return rollouts, Scores(-logps, entropy, signals)
 
 
 def run(batch, advantages=None, seed=0, step=0, **options):
-    rollouts, signals, entropy = batch
+    rollouts, scores = batch
     if advantages is None:
         advantages = [1.0] * len(rollouts)
-    return assign(rollouts, signals, entropy, torch.tensor(advantages), CreditConfig(**options), seed=seed, step=step)
+    return assign(rollouts, scores, torch.tensor(advantages), CreditConfig(**options), seed=seed, step=step)
 
 
 def split(rollouts, gamma):
@@ -235,22 +238,23 @@ def test_batch_invariants(name):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_permuting_sequences_permutes_gammas(name):
-    rollouts, signals, entropy = make_batch()
+    rollouts, scores = make_batch()
     order = [3, 0, 4, 2, 1]
     pieces = [torch.arange(int(a), int(b)) for a, b in rollouts.cu_seqlens.unfold(0, 2, 1)]
     index = torch.cat([pieces[i] for i in order])
     moved = make_rollouts(rollouts.prompt_lengths[order].tolist(), rollouts.response_lengths[order].tolist())
-    other = Signals(
-        signals.waad[index], signals.fai[index], [0], signals.span, signals.span, signals.span, signals.groups
-    )
-    before = run((rollouts, signals, entropy), name=name)[0]
-    assert torch.equal(run((moved, other, entropy[index]), name=name)[0], before[index])
+    signals = scores.signals
+    extra = {name: column[index] for name, column in signals.extra.items()}
+    signals = replace(signals, waad=signals.waad[index], fai=signals.fai[index], extra=extra)
+    other = Scores(scores.logps[index], scores.entropy[index], signals)
+    before = run((rollouts, scores), name=name)[0]
+    assert torch.equal(run((moved, other), name=name)[0], before[index])
 
 
 @pytest.mark.parametrize("name", ["random", "shuffled"])
 def test_randomness_is_a_function_of_seed_step_and_sequence(name):
     batch = make_batch((40, 40), (2, 2))
-    signals = batch[1]
+    signals = batch[1].signals
     signals.waad[42 + 2 :], signals.fai[42 + 2 :] = signals.waad[2:42], signals.fai[2:42]  # two equal responses
     gamma = run(batch, name=name, seed=5, step=9)[0]
     assert torch.equal(gamma, run(batch, name=name, seed=5, step=9)[0])
@@ -262,9 +266,9 @@ def test_randomness_is_a_function_of_seed_step_and_sequence(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", [{}, {"sign": "negative"}, {"normalize": True}])
 def test_a_part_of_the_batch_gets_the_gammas_of_the_whole(name, options):
-    rollouts, signals, entropy = make_batch()
+    rollouts, scores = make_batch()
     advantages = torch.tensor([1.0, -1, 0, -2, 3])
-    whole, metrics = run((rollouts, signals, entropy), advantages.tolist(), seed=3, step=8, name=name, **options)
+    whole, metrics = run((rollouts, scores), advantages.tolist(), seed=3, step=8, name=name, **options)
     bounds = rollouts.cu_seqlens.tolist()
     total = 0
     for chosen in ([4, 0], [2], [1, 3]):
@@ -272,8 +276,10 @@ def test_a_part_of_the_batch_gets_the_gammas_of_the_whole(name, options):
         ends = rollouts.lengths[chosen].cumsum(0)
         starts = ends - rollouts.response_lengths[chosen]
         responses = PackedResponses(starts, ends, chosen, advantages[chosen])
-        columns = signals.waad[index], signals.fai[index], entropy[index]
-        gamma, amplified = assign_packed(*columns, responses, config_of(name, **options), seed=3, step=8)
+        signals = scores.signals
+        columns = {"waad": signals.waad, "fai": signals.fai, "entropy": scores.entropy, "logps": scores.logps}
+        columns = {name: column[index] for name, column in {**columns, **signals.extra}.items()}
+        gamma, amplified = assign_packed(columns, responses, config_of(name, **options), seed=3, step=8)
         assert torch.equal(gamma, whole[index])
         total += amplified
     assert spending(whole, rollouts.response_mask, total) == metrics
@@ -322,8 +328,9 @@ def test_only_empty_responses():
 def third_party(tmp_path, monkeypatch):
     """Installs a strategy as another distribution would: a module and an entry point."""
 
-    def install(body):
-        (tmp_path / "their_credit.py").write_text(f"import torch\n\ndef theirs(response, config):\n    return {body}\n")
+    def install(body, decorator=""):
+        head = f"import torch\nfrom rlattn.credit import needs\n\n{decorator}\ndef theirs(response, config):\n"
+        (tmp_path / "their_credit.py").write_text(f"{head}    return {body}\n")
         info = tmp_path / "their_credit-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-credit\nVersion: 1.0\n")
@@ -370,11 +377,37 @@ def test_zeros_cannot_be_normalised(third_party):
 
 
 def test_inputs_are_checked():
-    rollouts, signals, entropy = make_batch()
+    rollouts, scores = make_batch()
     with pytest.raises(ValueError, match=r"advantages has shape \(1,\); this batch needs \(5,\)"):
-        run((rollouts, signals, entropy), [1.0])
+        run((rollouts, scores), [1.0])
     with pytest.raises(ValueError, match="entropy has shape"):
-        run((rollouts, signals, entropy[:-1]))
-    signals.waad[-1] = torch.nan
+        run((rollouts, replace(scores, entropy=scores.entropy[:-1])))
+    scores.signals.waad[-1] = torch.nan
     with pytest.raises(ValueError, match="waad has values that are not finite"):
-        run((rollouts, signals, entropy))
+        run((rollouts, scores))
+
+
+# --- signals that only some strategies need ---
+
+
+def test_a_strategy_gets_the_extra_signals_it_declares_and_no_others(third_party):
+    third_party("response.extra['fai_all'] + response.logps.exp()", "@needs('fai_all')")
+    batch = make_batch()
+    rollouts, scores = batch
+    mask = rollouts.response_mask
+    assert needed("theirs") == ("fai_all",)
+    assert needed("uniform") == needed("coupled_rhythm") == ()
+    expected = scores.signals.extra["fai_all"] + scores.logps.exp()
+    assert torch.equal(run(batch, name="theirs")[0][mask], expected[mask])
+    without = replace(scores, signals=replace(scores.signals, extra={}))
+    with pytest.raises(ValueError, match="'theirs' needs fai_all, which were not measured"):
+        run((rollouts, without), name="theirs")
+    assert torch.equal(run((rollouts, without))[0], run(batch)[0])
+
+
+def test_an_undeclared_extra_signal_is_refused_by_name(third_party):
+    third_party("response.extra['fai_all']")
+    with pytest.raises(CreditError, match=r"'theirs' reads 'fai_all' without declaring it; add @needs\('fai_all'\)"):
+        run(make_batch(), name="theirs")
+    with pytest.raises(ValueError, match="no extra signal called 'fay_all'; known: fai_all"):
+        needs("fay_all")

@@ -123,8 +123,8 @@ def rows_of(sequences, chosen, spans=True, missing=()):
 
 def by_sequence(reduced, micros, name):
     found = {}
-    for values, chosen in zip(getattr(reduced, name), micros, strict=True):
-        found |= dict(zip(chosen, values.split([PROMPTS[i] + RESPONSES[i] for i in chosen]), strict=True))
+    for values, chosen in zip(reduced.columns, micros, strict=True):
+        found |= dict(zip(chosen, values[name].split([PROMPTS[i] + RESPONSES[i] for i in chosen]), strict=True))
     return found
 
 
@@ -179,7 +179,23 @@ def test_cutting_changes_nothing(sequences, scope, ranks):
 def test_no_response_at_all_gives_zeros(sequences):
     reduced = reduce_signals([rows_of(sequences, [2])], HeadsConfig())
     assert not reduced.means.span.any()
-    assert reduced.waad[0].tolist() == [0]
+    assert reduced.columns[0]["waad"].tolist() == [0]
+
+
+def test_extra_signals_are_reduced_only_where_asked(sequences):
+    """`fai_all` is the mean over every captured head, in all scopes, with known groups too."""
+    expected = {i: torch.cat([one[layer]["fai"] for layer in LAYERS]).mean(0) for i, one in enumerate(sequences)}
+    groups = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, -1, -1]], dtype=torch.int8)
+    micros = [[3, 0], [1, 2]]
+    for scope, known in (("batch", None), ("sequence", None), ("calibrated", groups)):
+        rows, heads = [rows_of(sequences, micro) for micro in micros], HeadsConfig(scope=scope)
+        plain = reduce_signals(rows, heads, groups=known)
+        reduced = reduce_signals(rows, heads, groups=known, extra=["fai_all"])
+        assert [own.keys() for own in plain.columns] == [{"waad", "fai"}] * 2
+        for i, values in by_sequence(reduced, micros, "fai_all").items():
+            torch.testing.assert_close(values, expected[i])
+        for name in ("waad", "fai"):
+            assert all(torch.equal(a[name], b[name]) for a, b in zip(plain.columns, reduced.columns, strict=True))
 
 
 # --- groups that are known beforehand ---
@@ -202,16 +218,15 @@ def test_known_groups_replace_measured_ones(sequences):
         torch.testing.assert_close(found[0][i], sequences[i][LAYERS[1]]["waad"][3:].mean(0))
         torch.testing.assert_close(found[1][i], sequences[i][LAYERS[0]]["fai"][:2].mean(0))
     other = reduce_signals([rows_of(sequences, everything, spans=False, missing=UNMEASURED)], heads, groups=groups)
-    assert torch.equal(other.waad[0], torch.cat(reduced.waad))
-    assert torch.equal(other.fai[0], torch.cat(reduced.fai))
+    for name in ("waad", "fai"):
+        assert torch.equal(other.columns[0][name], torch.cat([own[name] for own in reduced.columns]))
 
 
 def test_calibrated_measures_as_batch_does(sequences):
     rows = [rows_of(sequences, [0, 1, 2, 3])]
     batch, calibrated = (reduce_signals(rows, HeadsConfig(scope=scope)) for scope in ("batch", "calibrated"))
     assert torch.equal(batch.groups, calibrated.groups)
-    assert torch.equal(batch.waad[0], calibrated.waad[0])
-    assert torch.equal(batch.fai[0], calibrated.fai[0])
+    assert all(torch.equal(column, calibrated.columns[0][name]) for name, column in batch.columns[0].items())
 
 
 def test_missing_spans_are_refused_where_they_are_needed(sequences):

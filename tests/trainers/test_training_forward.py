@@ -94,9 +94,7 @@ def test_one_forward_does_what_two_do(model_path, batch, options):
         measured = policy.score(rollouts)
         groups = measured.signals.groups.tolist() if options["scope"] == "calibrated" else None
         scores = policy.score(rollouts, groups)
-        gamma, spent = credit.assign(
-            rollouts, scores.signals, scores.entropy, advantage, settings.credit, seed=SEED, step=STEP
-        )
+        gamma, spent = credit.assign(rollouts, scores, advantage, settings.credit, seed=SEED, step=STEP)
         expected = policy.update(rollouts, scores, gamma * advantage[rollouts.sequence_ids], STEP)
         expected_weights = fetch_weights(policy.weights())
     with policy_of(settings, model_path) as policy:
