@@ -197,6 +197,13 @@ class CreditConfig(Section):
     tau_delta: Share | None = None
     """coupled_rhythm: quantile of the response's WAAD change at or above which it counts as a jump; None takes the
     smallest change inside TopQ(change, top_q)."""
+    position: Literal["even", "start", "end"] = "even"
+    """position: where in a response its budget lies, evenly spread, on the first tokens or on the last."""
+    selection_q: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """entropy_selection: share of a response's tokens that learn at all (arXiv 2506.01939: 0.2)."""
+    reweight_alpha: Share = 0.2
+    """reweight: weight of the token's probability, 0 is plain GRPO (the authors' script for this method alone has 0.2,
+    with Lopti's separate updates 0.3)."""
     normalize: bool = False
     """Divide gamma by its mean over the response, so that credit moves weight without adding any."""
 

@@ -26,15 +26,17 @@ DETERMINISTIC = [name for name in NAMES if name not in ("random", "shuffled")]
 WAAD = [1, 5, 1, 1, 3, 3, 2, 2, 2, 9]
 FAI = [0, 0.1, 0.9, 0, 0.2, 0.1, 0.8, 0.7, 0, 0.6]
 ENTROPY = [0.5, 0.5, 0.5, 0.5, 0.5, 2, 1, 0, 0.5, 0.5]
+FAI_ALL = [0.9, 0.2, 0.3, 0, 0.2, 0.4, 0.2, 0.8, 0.1, 0]
+LOGPS = [0, 0, 0, 0, math.log(0.5), math.log(0.25), math.log(0.125), math.log(0.5), math.log(0.25), -200]
 
 
 config_of = cache(lambda name, **options: CreditConfig(name=name, **options))
 strategy = cache(registry.CREDIT.load)  # a look-up scans every installed distribution
 
 
-def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, logps=None, extra=None, seed=0, **options):
-    columns = [torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy, logps or [-1] * len(waad))]
-    extra = {name: torch.tensor(extra, dtype=torch.float32) for name in needed(name)}
+def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, logps=LOGPS, fai_all=FAI_ALL, seed=0, **options):
+    columns = [torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy, logps)]
+    extra = {"fai_all": torch.tensor(fai_all, dtype=torch.float32)} if needed(name) else {}
     response = ResponseSignals(*columns, torch.Generator().manual_seed(seed), extra)
     return strategy(name)(response, config_of(name, **options))
 
@@ -47,6 +49,17 @@ BY_HAND = [
     ("uniform", {}, {}),
     ("entropy", {}, {5: 1.5, 6: 1.5, 0: 1.5, 1: 1.5}),
     ("entropy", {"which": "bottom", "top_q": 0.2}, {7: 1.5, 0: 1.5}),
+    ("entropy_selection", {}, dict.fromkeys([0, 1, 2, 3, 4, 7, 8, 9], 0)),
+    ("entropy_selection", {"which": "bottom", "selection_q": 0.75}, {5: 0, 6: 0}),
+    ("reweight", {}, {4: 0.9, 5: 0.85, 6: 0.825, 7: 0.9, 8: 0.85, 9: 0.8}),
+    ("reweight", {"reweight_alpha": 1}, {4: 0.5, 5: 0.25, 6: 0.125, 7: 0.5, 8: 0.25, 9: 0}),
+    ("reweight", {"reweight_alpha": 0}, {}),
+    ("column_mean", {}, {0: 1.5, 2: 1.5, 5: 1.5, 7: 1.5}),
+    ("column_mean", {"which": "bottom", "top_q": 0.2}, {3: 1.5, 9: 1.5}),
+    ("position", {}, {0: 1.5, 2: 1.5, 5: 1.5, 7: 1.5}),
+    ("position", {"position": "start", "top_q": 0.25}, {0: 1.5, 1: 1.5, 2: 1.5}),
+    ("position", {"position": "end", "amplification": 2}, {6: 2, 7: 2, 8: 2, 9: 2}),
+    ("position", {"top_q": 1.0}, dict.fromkeys(range(10), 1.5)),
     ("local_chunk", {}, {0: 1.5, 1: 1.5, 3: 1.5, 8: 1.5}),
     ("local_chunk", {"top_q": 0.11, "amplification": 3}, {8: 3, 0: 3}),
     ("local_chunk", {"which": "bottom"}, {2: 1.5, 4: 1.5, 6: 1.5, 7: 1.5}),
@@ -232,6 +245,8 @@ def test_batch_invariants(name):
     if name == "uniform":
         assert (gamma == 1).all()
         assert metrics == {"credit/amplified_share": 0, "credit/mean_gamma": 1}
+    elif name in ("entropy_selection", "reweight"):
+        assert metrics["credit/amplified_share"] == 0
     elif name not in ("coupled_rhythm", "shuffled"):
         assert metrics["credit/amplified_share"] == pytest.approx((12 + 1 + 0 + 7 + 18) / 92)
 
@@ -261,6 +276,81 @@ def test_randomness_is_a_function_of_seed_step_and_sequence(name):
     assert not torch.equal(gamma, run(batch, name=name, seed=5, step=10)[0])
     assert not torch.equal(gamma, run(batch, name=name, seed=6, step=9)[0])
     assert not torch.equal(*split(batch[0], gamma))
+
+
+# --- budgets ---
+
+AMPLIFIES = ["random", "position", "entropy", "column_mean", "local_chunk", "global_anchor"]
+REPAYS = ["coupled_rhythm", "shuffled"]  # bonuses move and add; see the test
+SCALES_DOWN = ["entropy_selection", "reweight"]
+
+responses = st.tuples(st.integers(1, 120), st.integers(0, 10**6))  # length and seed
+shares = st.integers(1, 100).map(lambda percent: percent / 100)
+
+
+def random_response(length, seed):
+    """Random columns with many ties."""
+    draws = torch.randint(0, 12, (5, length), generator=torch.Generator().manual_seed(seed)) / 8
+    names = ("waad", "fai", "entropy", "logps", "fai_all")
+    return {name: (-draw if name == "logps" else draw).tolist() for name, draw in zip(names, draws, strict=True)}
+
+
+def test_every_strategy_has_its_budget_tested():
+    assert sorted(NAMES) == sorted([*AMPLIFIES, *REPAYS, *SCALES_DOWN, "uniform"])
+
+
+@given(responses, shares, st.sampled_from([1.5, 3.0]), st.sampled_from(["top", "bottom"]))
+@settings(max_examples=60, deadline=None)
+def test_baselines_spend_the_same_budget(response, q, g, which):
+    size = math.ceil(round(q * 100) * response[0] / 100)
+    for name in AMPLIFIES:
+        gamma = gamma_of(name, **random_response(*response), seed=response[1], top_q=q, amplification=g, which=which)
+        assert sorted(gamma.tolist()) == [1] * (response[0] - size) + [g] * size, name
+        assert (gamma - 1).sum().item() == size * (g - 1), name
+
+
+@given(responses, shares, st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_coupled_rhythm_spends_at_most_the_same_budget(response, q, alpha):
+    """A bonus that moves from anchors to a token that introduces several of them is paid once; α = 0 moves none."""
+    columns, size = random_response(*response), math.ceil(round(q * 100) * response[0] / 100)
+    spent, shuffled = (
+        (gamma_of(name, **columns, seed=response[1], top_q=q, alpha=alpha) - 1).sum().item() for name in REPAYS
+    )
+    assert shuffled == pytest.approx(spent)
+    assert size * 0.5 * (1 - alpha) - 1e-4 <= spent <= size * 0.5 + 1e-4
+    if alpha == 0:
+        assert spent == pytest.approx(size * 0.5)
+
+
+@given(responses, st.integers(1, 100))
+@settings(max_examples=60, deadline=None)
+def test_what_scales_down_states_its_own_budget_and_normalises_to_the_plain_weight(response, percent):
+    columns = random_response(*response)
+    selected = gamma_of("entropy_selection", **columns, selection_q=percent / 100)
+    assert selected.sum() == math.ceil(percent * response[0] / 100)
+    assert ((selected == 0) | (selected == 1)).all()
+    alpha = percent / 100
+    weights = gamma_of("reweight", **columns, reweight_alpha=alpha)
+    assert weights.sum().item() == pytest.approx(sum(alpha * math.exp(x) + 1 - alpha for x in columns["logps"]))
+    rollouts = make_rollouts([0], [response[0]])
+    given = {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+    whole = PackedResponses(rollouts.cu_seqlens[:-1], rollouts.cu_seqlens[1:], [0], torch.ones(1))
+    for name, plain in (("entropy_selection", selected), ("reweight", weights)):
+        config = CreditConfig(name=name, normalize=True, selection_q=alpha, reweight_alpha=alpha)
+        gamma, amplified = assign_packed(given, whole, config, seed=0, step=0)
+        assert gamma.sum().item() == pytest.approx(response[0], rel=1e-5)
+        torch.testing.assert_close(gamma, plain / plain.mean())
+        assert amplified == 0
+
+
+def test_position_gammas_depend_on_the_length_alone():
+    for place in ("even", "start", "end"):
+        gammas = [gamma_of("position", **random_response(31, seed), seed=seed, position=place) for seed in (1, 2)]
+        assert torch.equal(*gammas)
+    even = gamma_of("position", **random_response(997, 0)).gt(1).nonzero().flatten()
+    assert set(even.diff().tolist()) == {2, 3}  # 2.5 on average
+    assert even[0] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
