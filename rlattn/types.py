@@ -92,8 +92,8 @@ class Signals:
             groups are those of an earlier step (scope `calibrated`).
         entropy: [L, H] fp32, mean attention entropy in nats over the same rows; None where span is.
         sink_mass: [L, H] fp32, mean attention on the first token over the same rows.
-        groups: [L, H] int8, -1 local, +1 global, 0 neither (scopes `batch` and `calibrated`; with `sequence`, each
-            sequence has its own and this is the pooled one, for display).
+        groups: [L, H] int8, -1 local, +1 global, 0 neither, or all 0 with `heads.select: all` (scopes `batch` and
+            `calibrated`; with `sequence`, each sequence has its own and this is the pooled one, for display).
         extra: name -> [T] fp32, the extra signals that the credit strategy asked for. `fai_all`: FAI over every
             captured head, whatever its group.
     """

@@ -22,10 +22,10 @@ from transformers import get_scheduler
 
 from rlattn import credit
 from rlattn.config import PolicyConfig, RunConfig
-from rlattn.kernels import Capture, StatisticsOptions, capture_layers
+from rlattn.kernels import Capture, StatisticsOptions
 from rlattn.losses import kl_k3, policy_loss
 from rlattn.signals import HeadMeans, SignalRows, groups_of, pool_heads, reduce_rows, reduce_signals
-from rlattn.trainers.model import PolicyModel, load_model
+from rlattn.trainers.model import PolicyModel, captured_layers, load_model
 from rlattn.trainers.packing import MicroBatch
 from rlattn.types import ExtraSignal
 
@@ -83,7 +83,8 @@ class PolicyWorker:
             self.engine.load_checkpoint(checkpoint, tag="optimizer")
         signals = self.config.signals
         self.options = StatisticsOptions(signals.waad_window, signals.fai_low, signals.fai_high, signals.sink_tokens)
-        self.layers = capture_layers(self.model.lm.config, signals.layers)
+        self.layers = captured_layers(signals, self.model.lm.config)
+        self.receivers = signals.fai_low if signals.heads.select == "receiver" else None
         self.reference = self._reference(reference_path) if self.config.algorithm.beta else None
 
     def score(self, shard: list[MicroBatch], groups: Tensor | None = None) -> ShardScores:
@@ -140,7 +141,8 @@ class PolicyWorker:
         capture = Capture(self.layers, self.options, micro.response_starts, spans=spans)
         logps, entropy = self.engine(micro, capture=capture, with_entropy=True)
         columns |= {"logps": _spread(micro, logps), "entropy": _spread(micro, entropy)}
-        rows = SignalRows.collect(capture.statistics, self.layers, micro.cu_seqlens, micro.response_starts, spans=spans)
+        bounds = micro.cu_seqlens, micro.response_starts
+        rows = SignalRows.collect(capture.statistics, self.layers, *bounds, spans=spans, receivers=self.receivers)
         return logps, columns, rows
 
     def _credit(self, micro: MicroBatch, columns: dict[str, Tensor], step: int) -> tuple[Tensor, int]:
