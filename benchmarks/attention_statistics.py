@@ -1,10 +1,10 @@
 """Attention statistics on a GPU: correct first, then time, bytes and memory beside what others need for the same.
 
     python -P benchmarks/attention_statistics.py                 # the whole table
-    python -P benchmarks/attention_statistics.py --only layer    # or forward; --plot draws the saved results again
+    python -P benchmarks/attention_statistics.py --only forward  # up to 8192 tokens; --plot draws the saved results again
 
-Writes `benchmarks/results/attention_statistics.json`. All figures of a file come from one run on one device; ratios are
-to the flash attention forward of the same shape in that run. With the wheel of flash-colreduce installed (`pip install
+Writes `benchmarks/results/attention_statistics.json` (with --only, `..._forward.json`). All figures of a file come from
+one run on one device; ratios are to the flash attention forward of the same shape in that run. With the wheel of flash-colreduce installed (`pip install
 flash-colreduce`) its column mean is timed too.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from itertools import accumulate
@@ -45,7 +45,7 @@ OPTIONS = StatisticsOptions()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("layer", "forward"))
+    parser.add_argument("--only", choices=("forward",))
     parser.add_argument("--plot", action="store_true", help="draw the saved results, measure nothing")
     args = parser.parse_args()
     if args.plot:
@@ -59,11 +59,13 @@ def main() -> None:
         "copy_bytes_per_second": copy_rate(),
         "relative_errors": check(),
     }
-    if args.only != "forward":
+    if args.only:
+        result["forward"] = forwards(FORWARDS[:-1])
+    else:
         result["layer"] = [layer(*shape, result["copy_bytes_per_second"]) for shape in SHAPES]
-    if args.only != "layer":
-        result["forward"] = forwards()
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        result["forward"] = forwards(FORWARDS)
+    path = RESULTS.with_stem(RESULTS.stem + "_forward") if args.only else RESULTS
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def inputs(lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -226,10 +228,11 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def forwards() -> list[dict[str, Any]]:
+def forwards(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """The scoring forward of a Qwen3-4B shape with random weights: capture off, banded, full, and eager maps.
 
-    The paper runs eager attention that returns its maps, then reduces them; timed here without that reducing.
+    The paper runs eager attention that returns its maps, then reduces them; timed here without that reducing, and where
+    the maps of all layers do not fit, without keeping them.
     """
     config = transformers.Qwen3Config(
         vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=HEADS,
@@ -238,7 +241,7 @@ def forwards() -> list[dict[str, Any]]:
     with torch.device("cuda"):
         model = transformers.AutoModel.from_config(config, attn_implementation=register(), dtype=torch.bfloat16).eval()
     with torch.inference_mode():
-        return [forward_row(model, *shape) for shape in FORWARDS]
+        return [forward_row(model, *shape) for shape in shapes]
 
 
 def forward_row(model: transformers.PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
@@ -253,10 +256,10 @@ def forward_row(model: transformers.PreTrainedModel, batch: int, length: int) ->
         capture = None if spans is None else Capture(layers, OPTIONS, starts, spans=spans)
         return model(input_ids=ids, position_ids=positions, use_cache=False, cu_seqlens=offsets, capture=capture)
 
-    def paper() -> None:
+    def paper(keep: bool) -> None:
         for row in range(batch):  # the maps of more than one sequence do not fit
             part = slice(row * length, (row + 1) * length)
-            model(input_ids=ids[:, part], position_ids=positions[:, part], use_cache=False, output_attentions=True)
+            model(input_ids=ids[:, part], position_ids=positions[:, part], use_cache=False, output_attentions=keep)
 
     calls: dict[str, Callable[[], object]] = {
         "off": lambda: forward(None),
@@ -265,20 +268,39 @@ def forward_row(model: transformers.PreTrainedModel, batch: int, length: int) ->
     }
     row: dict[str, Any] = {"batch": batch, "length": length, "layers": layers}
     row["peak_mib"] = {name: peak_mib(call) for name, call in calls.items()}
-    # In turns, so that a drift of the clocks meets all alike.
-    rounds = [{name: median(call) for name, call in calls.items()} for _ in range(5 if length < 65536 else 2)]
+    # In turns, so that a drift of the clocks meets all alike; a forward of 128K tokens takes many seconds.
+    time, count = (median, 5) if length <= 8192 else (once, 1)
+    rounds = [{name: time(call) for name, call in calls.items()} for _ in range(count)]
     row["ms"] = {name: middle([r[name] for r in rounds]) for name in calls}
     row["extra"] = {name: middle([r[name] / r["off"] - 1 for r in rounds]) for name in ("banded", "full")}
+    row["weights_mib"] = sum(p.nbytes for p in model.parameters()) / 2**20
+    peak = row["weights_mib"] + row["peak_mib"]["off"]
+    row["extra_memory"] = {n: (row["peak_mib"][n] - row["peak_mib"]["off"]) / peak for n in ("banded", "full")}
     if length <= 8192:
         model.set_attn_implementation("eager")
-        try:
-            row["peak_mib"]["eager"], row["ms"]["eager"] = peak_mib(paper), median(paper)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        for keep, name in ((True, "eager_maps_kept"), (False, "eager")):
+            try:
+                row["peak_mib"][name] = peak_mib(lambda keep=keep: paper(keep))
+                row["ms"][name] = median(lambda keep=keep: paper(keep))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
         model.set_attn_implementation(register())
+        row["eager_to_banded_extra"] = row["ms"]["eager"] / (row["extra"]["banded"] * row["ms"]["off"])
     extra = ", ".join(f"{name} {100 * share:+.2f}%" for name, share in row["extra"].items())
-    print(f"forward {batch}x{length}: off {row['ms']['off']:.1f} ms, {extra}, eager {row['ms'].get('eager')} ms")
+    memory = ", ".join(f"{name} {100 * share:+.2f}%" for name, share in row["extra_memory"].items())
+    print(f"forward {batch}x{length}: off {row['ms']['off']:.1f} ms, time {extra}; peak memory {memory}")
+    print("  ", {name: row["ms"][name] for name in row["ms"]}, row.get("eager_to_banded_extra"))
     return row
+
+
+def once(call: Callable[[], object]) -> float:
+    """Milliseconds of a single run."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def middle(values: list[float]) -> float:

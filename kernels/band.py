@@ -96,6 +96,8 @@ def _tile(dim: int, element_bytes: int) -> tuple[int, int, int, int]:
     """Rows, keys, warps and pipeline stages: fixed by shape, so that two runs add in the same order."""
     if element_bytes == 4:  # exact products have no matrix instruction: small tiles, as their operands fill registers
         return (32, 32, 8, 2) if dim <= 128 else (16, 32, 8, 2)
+    # At 128 channels it needs 167 registers, and three programs share a Hopper multiprocessor. 128 keys would read q
+    # 1.8 times instead of 2.6, but with 224 registers only two programs are left to hide each other's waiting.
     return (64, 64, 4, 3) if dim <= 128 else (64, 64, 8, 2)
 
 
@@ -198,7 +200,8 @@ def band_kernel(
         for tile in tl.static_range(NEAR_TILES):
             column = tile * NEAR + tl.arange(0, NEAR)
             s = tl.where(column == 0, early, front + column)
-            near_keys = load_tile(k, s * stride_kt, (s >= 0) & (s < tokens), DIM, BLOCK_D)
+            wanted = (s >= 0) & (s < tokens) & (column < STEP + WAAD_WINDOW)
+            near_keys = load_tile(k, s * stride_kt, wanted, DIM, BLOCK_D)
             x = cap(tl.dot(rows, near_keys.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
             p = tl.exp2(x * factor - level[:, None]).reshape(HEADS * STEP, NEAR // 8, 8)
             eight = (tile * NEAR + 8 * tl.arange(0, NEAR // 8))[None, :, None]
@@ -222,15 +225,21 @@ def band_kernel(
         tl.store(waad_out + at, tl.where(response, reached, 0.0), mask=valid)
         tl.store(sink_mass_out + at, tl.where(response, on_sink, 0.0), mask=valid)
 
+    t = own_stop + position
+    level = tl.load(kept_lse + t, mask=in_group & (t < stop), other=float("inf"))
+    counted = tl.load(keys_counted + t, mask=t < stop, other=0)
     for n in range(own_stop, stop, STEP):
         t = n + position
-        valid = in_group & (t < tokens)
-        rows = load_tile(advance(q, n, stride_qt), offsets, valid, DIM, BLOCK_D)
-        level = tl.load(kept_lse + t, mask=valid, other=float("inf")) * LOG2E
-        counted = tl.load(keys_counted + t, mask=valid, other=0)
+        rows = load_tile(advance(q, n, stride_qt), offsets, in_group & (t < stop), DIM, BLOCK_D)
+        # The next rows' numbers come while these rows are worked on.
+        later = t + STEP
+        next_level = tl.load(kept_lse + later, mask=in_group & (later < stop), other=float("inf"))
+        next_counted = tl.load(keys_counted + later, mask=later < stop, other=0)
         total += _looks_back(
-            rows, keys, t - start, level, counted, scale, softcap, factor, FAI_LOW, SLIDING_WINDOW, HAS_SOFTCAP, FOLD
-        )
+            rows, keys, t - start, level * LOG2E, counted, scale, softcap, factor,
+            FAI_LOW, SLIDING_WINDOW, HAS_SOFTCAP, FOLD,
+        )  # fmt: skip
+        level, counted = next_level, next_counted
 
     own_rows = tl.load(rows_counted + own, mask=inside, other=0)  # again: kept since the start it would fill registers
     fai = tl.sum(total.reshape(HEADS, STEP // FOLD, N), 1) / tl.maximum(own_rows, 1).to(tl.float32)[None, :]

@@ -131,15 +131,21 @@ def full_kernel(
     in_group = row % GROUP
     first = tl.load(first_key + t, mask=t < tokens, other=-1)
     response = first >= 0
-    latest = tl.max(first)  # where the last of the rows' sequences begins; -1: no response row
-    begin = tl.maximum(tl.min(tl.where(response, first, tokens)), 0)
+    # Sequences follow each other, so the block's first and last tokens say where its rows' keys begin and whether any
+    # row can be a response; a maximum over the rows would have the whole program wait for them.
+    begin = tl.load(first_key + t_low)
+    begin = tl.where(begin < 0, -1 - begin, begin)
+    latest = tl.load(first_key + t_high)
+    any_response = latest >= 0
+    latest = tl.where(latest < 0, -1 - latest, latest)
+    any_response |= latest > t_low
     limit = t - first  # the farthest key that a row sees; outside responses, whose vectors are 0, any
     edge = latest + SINK_TOKENS
     if SLIDING_WINDOW > 0:
         begin = tl.maximum(begin, t_low - SLIDING_WINDOW + 1)
         limit = tl.minimum(limit, SLIDING_WINDOW - 1)
         edge = tl.maximum(edge, t_high - SLIDING_WINDOW + 1)
-    stop = tl.where(latest >= 0, t_high + 1, begin)
+    stop = tl.where(any_response, t_high + 1, begin)
     # Before `plain` a key may be hidden from some row or left out as a sink, from `late` on it may come after one.
     plain = begin + tl.cdiv(tl.minimum(tl.maximum(edge, begin), stop) - begin, N) * N
     late = tl.maximum(plain, begin + tl.maximum(t_low + 1 - begin, 0) // N * N)

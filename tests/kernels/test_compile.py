@@ -59,4 +59,6 @@ def test_kernel_compiles(name, kind, dim, tmp_path):
     kernel = compiled(getattr(module, f"{name}_kernel"), constants, f"*{kind}", *launch)
     if kind == "bf16":
         assert "wgmma" in kernel.asm["ptx"]  # Hopper's own matrix instructions
-        assert local_memory_accesses(kernel.asm["cubin"], tmp_path) == 0
+        # The cap that lets a third program of `full` share a multiprocessor may cost it a few values, no tile.
+        limit = 32 if launch[2:] == [168] else 0
+        assert local_memory_accesses(kernel.asm["cubin"], tmp_path) <= limit
