@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlattn.kernels.flow import FlowMap, FlowOptions
+from rlattn.kernels import FlowMap, FlowOptions
 
 RESULTS = Path(__file__).parent / "results" / "flow.json"
 HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 5  # the captured layers of Qwen3-4B
@@ -49,9 +49,8 @@ def main() -> None:
         "layers": {"layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM, "dtype": "bfloat16"},
         "errors": check(device, [130, 5, 257, 64] if args.small else [700, 5, 1300, 64, 1025]),
     }
-    result["shapes"] = [
-        measure(device, *shape, repeats=3 if args.cpu else 20) for shape in (SMALL if args.small else SHAPES)
-    ]
+    shapes, repeats = SMALL if args.small else SHAPES, 3 if args.cpu else 20
+    result["shapes"] = [measure(device, *shape, repeats) for shape in shapes]
     if args.small:
         print(json.dumps(result, indent=1))
     else:
@@ -66,28 +65,30 @@ def inputs(tokens: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     ]  # type: ignore[misc]
 
 
-def gather(layers: list[tuple[Tensor, Tensor]], offsets: list[int], options: FlowOptions) -> FlowMap:
-    gathered = FlowMap(offsets, len(layers), options)
+def gather(layers: list[tuple[Tensor, Tensor]], offsets: list[int], options: FlowOptions, *, solve: bool) -> FlowMap:
+    """The map of all layers, with its flow where `solve` is set: a map that waits for one more layer is not solved."""
+    gathered = FlowMap(offsets, *places(offsets), layers=len(layers) + (not solve), options=options)
     for q, k in layers:
         gathered.add(q, k, scale=DIM**-0.5)
     return gathered
 
 
-def places(offsets: list[int]) -> tuple[list[int], list[int], list[int]]:
+def places(offsets: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
     """A quarter of each sequence prompt; an answer of up to 20 tokens, 3 before the end."""
     starts = [a + (b - a) // 4 for a, b in pairwise(offsets)]
     ends = [max(start, end - 3) for start, end in zip(starts, offsets[1:], strict=True)]
-    return starts, [max(start, end - 20) for start, end in zip(starts, ends, strict=True)], ends
+    return starts, [(max(start, end - 20), end) for start, end in zip(starts, ends, strict=True)]
 
 
 def check(device: torch.device, lengths: list[int]) -> dict[str, float]:
-    """Worst error over the largest flow of a ragged batch, against dense float64 by the definitions; raises above the bounds."""
+    """Worst error over the largest flow of a ragged batch, against dense float64; raises above the bounds."""
     offsets = [0, *accumulate(lengths)]
-    layers, where = inputs(offsets[-1], device), places(offsets)
-    expected = torch.cat([dense(layers, a, b, *(x[i] for x in where)) for i, (a, b) in enumerate(pairwise(offsets))])
+    layers = inputs(offsets[-1], device)
+    where = zip(pairwise(offsets), *places(offsets), strict=True)
+    expected = torch.cat([dense(layers, *bounds, start, *answer) for bounds, start, answer in where])
     errors = {}
     for storage, bound in (("float32", EXACT), ("bfloat16", ROUNDED)):
-        actual = gather(layers, offsets, FlowOptions(storage=storage)).solve(*where)
+        actual = gather(layers, offsets, FlowOptions(storage=storage), solve=True).flow
         errors[storage] = ((actual - expected).abs().max() / expected.max()).item()
         print(f"largest error over largest flow, {storage} map: {errors[storage]:.1e}", flush=True)
         if not errors[storage] <= bound:
@@ -117,7 +118,7 @@ def dense(layers: list[tuple[Tensor, Tensor]], begin: int, end: int, start: int,
 def measure(device: torch.device, batch: int, length: int, repeats: int) -> dict[str, Any]:
     """Milliseconds and peak MiB of one shape."""
     offsets = [length * i for i in range(batch + 1)]
-    layers, where, options = inputs(offsets[-1], device), places(offsets), FlowOptions()
+    layers, options = inputs(offsets[-1], device), FlowOptions()
     padded = [
         tuple(x.view(batch, length, -1, DIM).transpose(1, 2) for x in (q, k, torch.randn_like(k))) for q, k in layers
     ]
@@ -130,13 +131,11 @@ def measure(device: torch.device, batch: int, length: int, repeats: int) -> dict
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             attention()
 
-    def whole() -> None:
-        gather(layers, offsets, options).solve(*where)
-
     calls: dict[str, Callable[[], object]] = {"attention": attention}
     if device.type == "cuda":
         calls["cudnn"] = cudnn
-    calls |= {"map": lambda: gather(layers, offsets, options), "flow": whole}
+    calls["map"] = lambda: gather(layers, offsets, options, solve=False)
+    calls["flow"] = lambda: gather(layers, offsets, options, solve=True)
     row: dict[str, Any] = {"batch": batch, "length": length, "ms": {}, "peak_mib": {}}
     for name, call in calls.items():
         try:

@@ -9,7 +9,7 @@ Edges are reweighted to W'_ik = W_ik h(k) / h(i), so that what leaves a token ad
 enters at the question and f(k) = s(k) + sum over i < k of f(i) W'_ik passes through token k.
 
 Two triangular solves with the raw map: with L the part of A below the diagonal, h = c + L^T h, and u = f / h obeys
-u(k) = s(k) / h(k) + sum over i < k of A[k, i] u(i), which is u = s / h + L u. All terms are positive, so nothing cancels.
+u(k) = s(k) / h(k) + sum over i < k of A[k, i] u(i), which is u = s / h + L u. All terms are positive: nothing cancels.
 
 We choose, where the paper is open:
 
@@ -37,6 +37,7 @@ of m x m, strip i being the i + 1 tiles of rows i m to (i + 1) m, [Hq] query hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -83,25 +84,46 @@ class FlowOptions:
 
 
 class FlowMap:
-    """The mean attention map of each sequence of a packed batch, gathered layer by layer, and the flow over it."""
+    """The mean attention map of each sequence of a packed batch, gathered layer by layer, and at last the flow over it.
 
-    def __init__(self, cu_seqlens: Offsets, layers: int, options: FlowOptions | None = None) -> None:
-        """`cu_seqlens` are the batch's [B+1] offsets on the CPU, `layers` is how many `add` will be called for.
+    Attributes:
+        flow: [T] fp32 on the device of q, through every token, prompts too; None until the last layer was added. The
+            map is let go then.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens: Offsets,
+        response_starts: Offsets,
+        answers: Sequence[tuple[int, int]],
+        layers: int,
+        options: FlowOptions | None = None,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            cu_seqlens: [B+1] integers on the CPU, sequence b is tokens cu_seqlens[b] to cu_seqlens[b+1].
+            response_starts: [B] integers on the CPU, index in the packed batch of each first response token.
+            answers: B pairs, index in the packed batch of an answer's first token and the one after its last; twice the
+                same where there is no answer.
+            layers: how many `add` will be called for.
+            options: how it is computed.
 
         Raises:
-            ValueError: fewer than one layer.
+            ValueError: fewer than one layer, or an answer that lies outside its response.
         """
         if layers < 1:
             raise ValueError(f"layers={layers} must be at least 1")
-        self.cu_seqlens, self.layers, self.options = as_ints(cu_seqlens), layers, options or FlowOptions()
-        self.added = 0
+        self.cu_seqlens, starts = as_ints(cu_seqlens), as_ints(response_starts)
+        check_starts(self.cu_seqlens, starts)
+        self.places = list(zip(pairwise(self.cu_seqlens), starts, answers, strict=True))
+        for b, ((_, end), start, (first, last)) in enumerate(self.places):
+            if not start <= first <= last <= end:
+                raise ValueError(f"the answer of sequence {b}, tokens {first} to {last}, is not in {start} to {end}")
+        self.layers, self.options = layers, options or FlowOptions()
+        self.flow: Tensor | None = None
+        self._added = 0
         self._tiles: list[Tensor] = []  # a group each: [N, b, m, m]
-        self._layout: Layout | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every layer was added."""
-        return self.added == self.layers
 
     @torch.no_grad()
     def add(self, q: Tensor, k: Tensor, *, scale: float, sliding_window: int | None = None) -> None:
@@ -110,55 +132,37 @@ class FlowMap:
         Raises:
             ValueError: all layers were added, or q and the offsets do not fit together.
         """
-        if self.complete:
+        if self._added == self.layers:
             raise ValueError(f"all {self.layers} layers of this map were added")
-        layout = self._layout = self._layout or layout_of(self.cu_seqlens, len(q), q.device)
+        layout = layout_of(self.cu_seqlens, len(q), q.device)
         if not self._tiles:
             self._tiles = [self._empty(len(g), layout.lengths[g[0]], q.device) for g in layout.groups]
         share = 1 / (self.layers * q.shape[1])
         for tiles, q_group, k_group in zip(self._tiles, layout.pad(q), layout.pad(k), strict=True):
             _add_layer(tiles, q_group, k_group, scale, sliding_window, share)
-        self.added += 1
-
-    @torch.no_grad()
-    def solve(self, response_starts: Offsets, answer_starts: Offsets, answer_ends: Offsets) -> Tensor:
-        """Flow through every token, [T] fp32 on the map's device, and forget the map.
-
-        Args:
-            response_starts: [B] integers on the CPU, index in the packed batch of each first response token.
-            answer_starts: [B], index of each answer's first token, not before the response.
-            answer_ends: [B], index after its last; the same as its start where there is no answer.
-
-        Raises:
-            ValueError: a layer is missing, or an answer lies outside its response.
-        """
-        if not self.complete or self._layout is None:
-            raise ValueError(f"the map holds {self.added} of {self.layers} layers; add the others first")
-        starts = as_ints(response_starts)
-        check_starts(self.cu_seqlens, starts)
-        answers = list(zip(as_ints(answer_starts), as_ints(answer_ends), strict=True))
-        bounds = list(zip(pairwise(self.cu_seqlens), starts, answers, strict=True))
-        for b, ((_, end), start, (first, last)) in enumerate(bounds):
-            if not start <= first <= last <= end:
-                raise ValueError(f"the answer of sequence {b}, tokens {first} to {last}, is not in {start} to {end}")
-        flows = []
-        for group in self._layout.groups:
-            tiles = self._tiles.pop(0)  # one map at a time is let go
-            if self.options.threshold:
-                threshold_(tiles, self.options.threshold, 0.0)
-            n = self._layout.lengths[group[0]]
-            source, target = torch.zeros(2, len(group), n)
-            for row, b in enumerate(group):
-                (begin, _), start, (first, last) = bounds[b]
-                source[row, : start - begin] = 1 / max(start - begin, 1)
-                target[row, first - begin : last - begin] = 1.0
-            flows.append(_flow(tiles, source.to(tiles.device), target.to(tiles.device)))
-        return self._layout.unpad(flows)
+        self._added += 1
+        if self._added == self.layers:
+            self.flow = self._solve(layout)
 
     def _empty(self, b: int, n: int, device: torch.device) -> Tensor:
         m = min(self.options.tile, n)
         rows = -(-n // m)
         return torch.zeros(rows * (rows + 1) // 2, b, m, m, dtype=TYPES[self.options.storage], device=device)
+
+    def _solve(self, layout: Layout) -> Tensor:
+        """Flow through every token [T], group by group, whose maps are let go one by one."""
+        flows = []
+        for group in layout.groups:
+            tiles = self._tiles.pop(0)
+            if self.options.threshold:
+                threshold_(tiles, self.options.threshold, 0.0)
+            source, target = torch.zeros(2, len(group), layout.lengths[group[0]])
+            for row, b in enumerate(group):
+                (begin, _), start, (first, last) = self.places[b]
+                source[row, : start - begin] = 1 / max(start - begin, 1)
+                target[row, first - begin : last - begin] = 1.0
+            flows.append(_flow(tiles, source.to(tiles.device), target.to(tiles.device)))
+        return layout.unpad(flows)
 
 
 def _strip(i: int) -> slice:
@@ -181,9 +185,7 @@ def _add_layer(tiles: Tensor, q: Tensor, k: Tensor, scale: float, sliding_window
         hidden = t[:, None] < s
         if sliding_window is not None:
             hidden |= t[:, None] - s >= sliding_window
-        masked = (
-            slice(row - key, None) if sliding_window is None else slice(None)
-        )  # the keys that some row must not see
+        masked = slice(row - key if sliding_window is None else 0, None)  # keys that some row must not see
         one = heads * (end - row) * (end - key)  # elements of a key head
         sequences = max(1, limit // (one * kv_heads))
         at_once = max(1, min(kv_heads, limit // one))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import solve_triangular
 
-from rlattn.kernels import flow
-from rlattn.kernels.flow import FlowMap, FlowOptions
+from rlattn.kernels import FlowMap, FlowOptions, flow
+from rlattn.kernels.ragged import layout_of
 
 
 def dense_map(q, k, scale, window=None):
@@ -25,12 +28,8 @@ def dense_flow(a, prompt, answer, threshold=0.0):
     edges = a.double().numpy().copy()  # edges[k, i] = W_ik
     edges[edges <= threshold] = 0.0
     n = len(edges)
-    lower = edges * (torch.ones(n, n).tril(-1).numpy())
-    eye, target, source = (
-        torch.eye(n).double().numpy(),
-        torch.zeros(n).double().numpy(),
-        torch.zeros(n).double().numpy(),
-    )
+    lower = np.tril(edges, -1)
+    eye, target, source = np.eye(n), np.zeros(n), np.zeros(n)
     target[slice(*answer)] = 1.0
     h = solve_triangular(eye - lower.T, target, lower=False)
     source[:prompt] = 1 / max(prompt, 1)
@@ -42,24 +41,26 @@ def dense_flow(a, prompt, answer, threshold=0.0):
 def dense_batch(layers, cu, starts, answers, threshold=0.0, **variant):
     """The same of a packed batch; `layers` are pairs of q and k."""
     parts = []
-    for b, (begin, end) in enumerate(zip(cu, cu[1:], strict=False)):
+    for b, (begin, end) in enumerate(pairwise(cu)):
         a = sum(dense_map(q[begin:end], k[begin:end], **variant) for q, k in layers) / len(layers)
         parts.append(dense_flow(a, starts[b] - begin, [x - begin for x in answers[b]], threshold))
     return torch.cat(parts)
 
 
 def flow_of(layers, cu, starts, answers, options, *, scale, window=None):
-    gathered = FlowMap(cu, len(layers), options)
+    gathered = FlowMap(cu, starts, answers, len(layers), options)
     for q, k in layers:
+        assert gathered.flow is None
         gathered.add(q, k, scale=scale, sliding_window=window)
-    assert gathered.complete
-    return gathered.solve(starts, [a for a, _ in answers], [b for _, b in answers])
+    assert not gathered._tiles
+    return gathered.flow
 
 
-def solve_map(a, prompt, answer, *, tile=4, storage="float32", threshold=0.0):
+def solve_map(a, prompt, answer, *, tile=4):
     """Flow over a given map a [n, n], put into tiles by hand."""
     n = len(a)
-    gathered = FlowMap([0, n], 1, FlowOptions(tile=tile, storage=storage, threshold=threshold))
+    options = FlowOptions(tile=tile, storage="float32")
+    gathered = FlowMap([0, n], [prompt], [answer], 2, options)  # the second layer never comes
     gathered.add(torch.zeros(n, 1, 1), torch.zeros(n, 1, 1), scale=1.0)
     tiles = gathered._tiles[0].zero_()
     rows = -(-n // tiles.shape[-1])
@@ -71,7 +72,7 @@ def solve_map(a, prompt, answer, *, tile=4, storage="float32", threshold=0.0):
     for i in range(rows):
         for j in range(i + 1):
             tiles[i * (i + 1) // 2 + j, 0] = whole[i, :, j]
-    return gathered.solve([prompt], answer[:1], answer[1:])
+    return gathered._solve(layout_of([0, n], n, torch.device("cpu")))
 
 
 ODD = [5, 33, 1, 150, 77, 64, 65, 200, 32]
@@ -243,16 +244,15 @@ def test_sequences_do_not_touch(packed):
 
 def test_errors_at_the_door(packed):
     batch = packed([20])
-    gathered = FlowMap([0, 20], 2)
+    gathered = FlowMap([0, 20], [5], [(10, 12)], 2)
     gathered.add(batch.q, batch.k, scale=1.0)
-    with pytest.raises(ValueError, match="1 of 2 layers"):
-        gathered.solve([5], [10], [12])
+    assert gathered.flow is None
     gathered.add(batch.q, batch.k, scale=1.0)
     with pytest.raises(ValueError, match="all 2 layers"):
         gathered.add(batch.q, batch.k, scale=1.0)
     for start, end in ((4, 6), (12, 10), (19, 21)):
         with pytest.raises(ValueError, match=f"tokens {start} to {end}"):
-            gathered.solve([5], [start], [end])
+            FlowMap([0, 20], [5], [(start, end)], 2)
     for bad in ({"threshold": 1.0}, {"threshold": -0.1}, {"storage": "float16"}, {"tile": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
             FlowOptions(**bad)
