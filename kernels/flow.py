@@ -43,7 +43,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, threshold_
+from torch.nn.functional import pad, threshold
 
 from .bounds import check_starts
 from .ragged import Layout, Offsets, as_ints, layout_of
@@ -155,7 +155,7 @@ class FlowMap:
         for group in layout.groups:
             tiles = self._tiles.pop(0)
             if self.options.threshold:
-                threshold_(tiles, self.options.threshold, 0.0)
+                threshold(tiles, self.options.threshold, 0.0, inplace=True)
             source, target = torch.zeros(2, len(group), layout.lengths[group[0]])
             for row, b in enumerate(group):
                 (begin, _), start, (first, last) = self.places[b]
