@@ -27,8 +27,10 @@ at most 1) visits i. So h never exceeds the number of answer tokens, but it can 
 edges lead on (a sliding window, a threshold). So every tile of h has its own power of two, and the solves are exact in
 fp32 as long as h spans less than 2^100 within one tile of 128 tokens; what is smaller counts as unable to reach.
 
-Cost: the map of n tokens takes n^2 bytes in bf16 (2 bytes an element, only tiles on or below the diagonal), for as long
-as the forward of its batch runs; beside it a workspace of `WORKSPACE` elements, twice, in fp32.
+Cost: the map of n tokens takes n^2 bytes in bf16 (2 bytes an element, only tiles on or below the diagonal), from the
+first recorded layer to the last; beside it a workspace of `WORKSPACE` elements, twice, in fp32. By arithmetic, not
+measured: 8192 tokens, 32 heads, 5 layers are 5.4e9 logits, 28 bytes moved for each, 50 ms at 3 TB/s; and 64 steps of
+some 40 small launches for the two solves, 10 to 20 ms.
 
 Shape legend: [T] tokens of the packed batch, [B] sequences, [b, n] a group of b sequences padded to n tokens, [N] tiles
 of m x m, strip i being the i + 1 tiles of rows i m to (i + 1) m, [Hq] query heads, [Hkv] key heads, [G] = Hq / Hkv,
@@ -197,7 +199,7 @@ def _add_layer(tiles: Tensor, q: Tensor, k: Tensor, scale: float, sliding_window
                 total += torch.softmax(logits, -1).sum((1, 2))
                 del logits
             strip = pad(total.mul_(share), (0, m * (i + 1) - end)).unflatten(2, (-1, m))  # [b, r, j/m, m]
-            tiles[_strip(i)][first:, part, : end - row] += strip.permute(2, 0, 1, 3)
+            tiles[_strip(i)][first:, part, : end - row].add_(strip.permute(2, 0, 1, 3))
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -225,6 +227,8 @@ def _reach(tiles: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.linalg.solve_triangular(-strip[i].mT, h[i, ..., None], upper=True, unitriangular=True)[..., 0]
         h[i], exponent[i] = _scaled(own, exponent[i])
         h[i] *= h[i] >= _LEAST
+        if i == 0:
+            break
         earlier, power = _scaled((strip[:i].mT @ h[i, ..., None])[..., 0], exponent[i].expand(i, -1))
         top = torch.maximum(exponent[:i], power)
         earlier = _times(h[:i], exponent[:i] - top) + _times(earlier, power - top)

@@ -11,13 +11,14 @@ from scipy.linalg import solve_triangular
 from transformers import AutoModelForCausalLM
 
 from rlattn import credit
-from rlattn.config import RunConfig
+from rlattn.config import CreditConfig, RunConfig
 from rlattn.credit.selection import select
 from rlattn.problem import Problem, Verdict
 from rlattn.rollout.cluster import reserve, start_ray
 from rlattn.rollout.placement import plan
 from rlattn.tasks import Task
 from rlattn.trainers.grpo import GRPOTrainer
+from rlattn.trainers.memory import estimate
 from rlattn.trainers.policy import Policy
 from rlattn.verifiers.pool import VerifierPool
 from tests.make import fetch_weights, make_rollouts
@@ -129,6 +130,14 @@ def test_the_training_forward_traces_the_same_flow(model_path, rollouts, expecte
         trained = policy.train(rollouts.replace(rewards=torch.rand(6)), torch.linspace(-1, 1, 6), groups, 0)
     torch.testing.assert_close(trained.scores.signals.extra["flow"].double(), expected, rtol=1e-4, atol=1e-6)
     assert (trained.gamma[rollouts.response_mask] > 1).any()
+
+
+def test_the_map_is_in_the_memory_estimate(model_path):
+    settings = config()
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": model_path})})
+    assert estimate(settings).policy["flow map"] == 64 * (8 + 24) * 2  # tokens of a micro-batch, longest sequence, fp32
+    plain = settings.model_copy(update={"credit": CreditConfig(name="uniform")})
+    assert estimate(plain).policy["flow map"] == 0
 
 
 class Numbers:
