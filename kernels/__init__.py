@@ -8,11 +8,14 @@ if __name__ == "kernels":  # would shadow the PyPI package `kernels`, which tran
 
 from .attention import packed_attention, register
 from .capture import Capture, LayerRange, capture_layers, spaced_layers
+from .flow import FlowMap, FlowOptions
 from .statistics import AttentionStatistics, StatisticsOptions, attention_statistics
 
 __all__ = [
     "AttentionStatistics",
     "Capture",
+    "FlowMap",
+    "FlowOptions",
     "LayerRange",
     "StatisticsOptions",
     "attention_statistics",

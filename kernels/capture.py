@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from .flow import FlowMap
 from .ragged import Offsets, as_ints
 from .statistics import AttentionStatistics, StatisticsOptions, attention_statistics
 
@@ -28,16 +29,24 @@ class Capture:
         response_starts: [B], see `attention_statistics`.
         spans: whether span and entropy are wanted, which need every key. Without them, and where the attention gives
             its log-sum-exp (flash attention on CUDA), only the bands of WAAD and FAI are computed.
+        flow: a map made for as many layers, to which each is added; or None.
         statistics: layer -> its statistics, filled by the forward.
     """
 
     def __init__(
-        self, layers: Sequence[int], options: StatisticsOptions, response_starts: Offsets, *, spans: bool = True
+        self,
+        layers: Sequence[int],
+        options: StatisticsOptions,
+        response_starts: Offsets,
+        *,
+        spans: bool = True,
+        flow: FlowMap | None = None,
     ) -> None:
         self.layers = list(layers)
         self.options = options
         self.response_starts = as_ints(response_starts)
         self.spans = spans
+        self.flow = flow
         self.statistics: dict[int, AttentionStatistics] = {}
         self._cu_seqlens: list[int] | None = None
 
@@ -78,6 +87,8 @@ class Capture:
                 sliding_window=sliding_window,
                 lse=lse if self.takes_lse(layer) else None,
             )
+            if self.flow is not None:
+                self.flow.add(q, k, scale=scale, sliding_window=sliding_window)
 
 
 def spaced_layers(num_layers: int, count: int | None = 5, layer_range: LayerRange = "middle") -> list[int]:

@@ -154,6 +154,18 @@ class HeadsConfig(Section):
     """calibrated: groups are measured at step 0 and every so many steps, and reused in between."""
 
 
+class FlowConfig(Section):
+    """The flow from prompt to answer over the mean attention map (credit `flow`); see docs/flow.md."""
+
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Edges of the mean map that weigh this or less are cut; 0 cuts none."""
+    storage: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the map while it is gathered: 2 or 4 bytes for each pair of tokens of a sequence, halved."""
+    fallback_tokens: Annotated[int, Field(ge=0)] = 10
+    """A response in which the task finds no answer: so many of its last tokens count as one. With 0 it gets no credit
+    beyond others."""
+
+
 class SignalsConfig(Section):
     """Attention statistics: captured in a forward of the policy."""
 
@@ -170,6 +182,8 @@ class SignalsConfig(Section):
     full-attention layers count."""
     heads: HeadsConfig = HeadsConfig()
     """Head groups."""
+    flow: FlowConfig = FlowConfig()
+    """Measured only where the credit strategy asks for it."""
     waad_window: Positive = 10
     """W of eq. 9, tokens."""
     fai_low: Annotated[int, Field(ge=0)] = 10

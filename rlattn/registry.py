@@ -57,6 +57,7 @@ CREDIT = Registry(
         "local_chunk",
         "global_anchor",
         "coupled_rhythm",
+        "flow",
     ),
 )
 LOSSES = Registry("loss_type", "rlattn.losses", _files("losses", "grpo", "dr_grpo", "dapo", "bnpo"))

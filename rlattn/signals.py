@@ -66,12 +66,14 @@ class SignalRows:
         fai: [L, H, t] fp32, 0 outside responses.
         lengths: tokens of each sequence.
         sums: of the other statistics.
+        flow: [t] fp32, 0 outside responses; None where it was not wanted.
     """
 
     waad: Tensor
     fai: Tensor
     lengths: list[int]
     sums: HeadSums
+    flow: Tensor | None = None
 
     @classmethod
     def collect(
@@ -83,13 +85,14 @@ class SignalRows:
         *,
         spans: bool = True,
         receivers: int | None = None,
+        flow: Tensor | None = None,
     ) -> SignalRows:
         """From a micro-batch's statistics (layer -> each [H, t]), `cu_seqlens` [b+1] and `response_starts` [b].
 
         Without `spans`, span and entropy are left out even where they were measured (attention without a log-sum-exp
         to give visits every key anyway), so that what a run reports does not depend on its device. With `receivers`,
         H_lo of eq. 10, the kurtosis of FAI over each response's positions comes with them; the last H_lo, which no row
-        looks back at, are left out.
+        looks back at, are left out. `flow` [t] is the flow of the same forward, prompts too.
         """
         chosen = [statistics[layer] for layer in layers]
         lengths = cu_seqlens.diff().tolist()
@@ -109,7 +112,10 @@ class SignalRows:
             bounds = zip(response_starts.tolist(), (cu_seqlens[1:] - receivers).tolist(), strict=True)
             peaked = torch.stack([kurtosis(fai[..., start : max(start, end)]) for start, end in bounds], -1)
             values = torch.cat([values, (peaked * rows)[None]])
-        return cls(torch.stack([s.waad for s in chosen]), fai, lengths, HeadSums(values, rows))
+        if flow is not None:
+            starts = torch.repeat_interleave(response_starts, cu_seqlens.diff())
+            flow = flow * (torch.arange(len(starts)) >= starts).to(flow.device)
+        return cls(torch.stack([s.waad for s in chosen]), fai, lengths, HeadSums(values, rows), flow)
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,16 @@ def _grouped(span: Tensor | None, peaked: Tensor | None, heads: HeadsConfig) -> 
     return head_groups(span, heads.fraction, peaked if heads.select == "receiver" else None)
 
 
-EXTRA: dict[ExtraSignal, Callable[[SignalRows], Tensor]] = {"fai_all": lambda rows: rows.fai.mean((0, 1))}  # -> [t]
+def _flow(rows: SignalRows) -> Tensor:
+    if rows.flow is None:
+        raise ValueError("the flow is wanted from a capture that did not trace it")
+    return rows.flow
+
+
+EXTRA: dict[ExtraSignal, Callable[[SignalRows], Tensor]] = {  # -> [t]
+    "fai_all": lambda rows: rows.fai.mean((0, 1)),
+    "flow": _flow,
+}
 
 
 def reduce_rows(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlattn.problem import Problem
 
-ExtraSignal = Literal["fai_all"]  # measured only for a credit strategy that asks, see `rlattn.credit.needs`
+ExtraSignal = Literal["fai_all", "flow"]  # measured only for a credit strategy that asks, see `rlattn.credit.needs`
 EXTRA_SIGNALS: tuple[ExtraSignal, ...] = get_args(ExtraSignal)
 
 
@@ -37,6 +37,8 @@ class Rollouts:
         texts: B completions as text.
         problems: B problems, one a sequence.
         reward_parts: name -> [B] fp32, the parts of the reward; empty until scored.
+        answer_spans: [B, 2] int64, tokens of a sequence before its answer's first token and before the one after its
+            last, twice its length where no answer was found; None until they are looked for, see `rlattn.answers`.
     """
 
     token_ids: Tensor
@@ -50,6 +52,7 @@ class Rollouts:
     texts: list[str]
     problems: list[Problem]
     reward_parts: dict[str, Tensor]
+    answer_spans: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -95,7 +98,8 @@ class Signals:
         groups: [L, H] int8, -1 local, +1 global, 0 neither, or all 0 with `heads.select: all` (scopes `batch` and
             `calibrated`; with `sequence`, each sequence has its own and this is the pooled one, for display).
         extra: name -> [T] fp32, the extra signals that the credit strategy asked for. `fai_all`: FAI over every
-            captured head, whatever its group.
+            captured head, whatever its group. `flow`: the share of what flows from the prompt to the answer, over the
+            mean map of every captured head, that passes the token (see `rlattn.kernels.flow`).
     """
 
     waad: Tensor

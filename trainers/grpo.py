@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rlattn import credit, metrics, rewards
+from rlattn import answers, credit, metrics, rewards
 from rlattn.advantages import group_relative
 from rlattn.config import RunConfig
 from rlattn.data import PromptSchedule
@@ -67,6 +67,8 @@ class GRPOTrainer:
             rollouts = self.rollout.generate(prompts, config.rollout.num_generations, seed=config.seed, step=step)
         with timer("reward"):
             rollouts = rewards.score(rollouts, self.task, self.verifiers)
+            if "flow" in self.policy.extra:
+                rollouts = answers.locate(rollouts, self.task, self.rollout.tokenizer)
             advantage, reward_metrics = group_relative(
                 rollouts.rewards, rollouts.group_ids, config.algorithm.scale_rewards
             )

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rlattn.config import ConfigError, RunConfig
+from rlattn.credit import needed
 from rlattn.trainers.model import captured_layers
 from rlattn.trainers.warmup import model_shape
 
@@ -62,6 +63,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     head_dim = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
     kv_token = 2 * layers * shape.num_key_value_heads * head_dim * size
     responses = config.trainer.prompts_per_step * config.rollout.num_generations / config.rollout.num_engines
+    traces_flow = "flow" in needed(config.credit.name)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
     return MemoryEstimate(
         parameters,
@@ -71,6 +73,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
             "optimizer": optimizer / (ranks if stage >= 1 else 1),
             "activations": tokens * width * layers * kept * size,
             "logits": 3 * 4 * policy.logits_chunk_tokens * shape.vocab_size,
+            "flow map": tokens * longest * (1 if config.signals.flow.storage == "bfloat16" else 2) * traces_flow,
             "reference": (size * parameters / (ranks if stage == 3 else 1)) if config.algorithm.beta else 0,
         },
         {

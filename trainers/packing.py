@@ -25,6 +25,8 @@ class MicroBatch:
         token_ids: [t] int64.
         cu_seqlens: [b+1] int64.
         response_starts: [b] int64, index in [t] of each sequence's first completion token.
+        answers: [b, 2] int64, index in [t] of each answer's first token and of the one after its last; twice the
+            sequence's end where there is none.
         sequences: b indices of the sequences in the whole batch.
         chunks: how many pieces the log-probs are computed in; equal on every rank, so that ZeRO-3 gathers match.
         columns: name -> [t] fp32, per-token inputs of the loss; empty when scoring.
@@ -33,6 +35,7 @@ class MicroBatch:
     token_ids: Tensor
     cu_seqlens: Tensor
     response_starts: Tensor
+    answers: Tensor
     sequences: list[int]
     chunks: int
     columns: dict[str, Tensor]
@@ -96,10 +99,14 @@ def _take(rollouts: Rollouts, indices: list[int], chunks: int, columns: dict[str
     tokens = token_indices(rollouts.cu_seqlens, chosen)
     lengths = rollouts.lengths[chosen]
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    answers = cu_seqlens[1:, None].expand(-1, 2)
+    if indices and rollouts.answer_spans is not None:
+        answers = cu_seqlens[:-1, None] + rollouts.answer_spans[chosen]
     return MicroBatch(
         token_ids=rollouts.token_ids[tokens],
         cu_seqlens=cu_seqlens,
         response_starts=cu_seqlens[:-1] + rollouts.prompt_lengths[chosen] if indices else cu_seqlens[1:],
+        answers=answers,
         sequences=chosen,
         chunks=chunks,
         columns={name: column[tokens] for name, column in columns.items()},

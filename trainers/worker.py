@@ -22,7 +22,7 @@ from transformers import get_scheduler
 
 from rlattn import credit
 from rlattn.config import PolicyConfig, RunConfig
-from rlattn.kernels import Capture, StatisticsOptions
+from rlattn.kernels import Capture, FlowMap, FlowOptions, StatisticsOptions
 from rlattn.losses import kl_k3, policy_loss
 from rlattn.signals import HeadMeans, SignalRows, groups_of, pool_heads, reduce_rows, reduce_signals
 from rlattn.trainers.model import PolicyModel, captured_layers, load_model
@@ -138,12 +138,31 @@ class PolicyWorker:
         if self.reference is not None:
             with torch.no_grad():
                 columns["reference_logps"] = _spread(micro, self.reference(micro)[0])
-        capture = Capture(self.layers, self.options, micro.response_starts, spans=spans)
+        flow = self._flow_map(micro) if "flow" in self.extra else None
+        capture = Capture(self.layers, self.options, micro.response_starts, spans=spans, flow=flow)
         logps, entropy = self.engine(micro, capture=capture, with_entropy=True)
         columns |= {"logps": _spread(micro, logps), "entropy": _spread(micro, entropy)}
         bounds = micro.cu_seqlens, micro.response_starts
-        rows = SignalRows.collect(capture.statistics, self.layers, *bounds, spans=spans, receivers=self.receivers)
+        rows = SignalRows.collect(
+            capture.statistics,
+            self.layers,
+            *bounds,
+            spans=spans,
+            receivers=self.receivers,
+            flow=None if flow is None else flow.flow,
+        )
         return logps, columns, rows
+
+    def _flow_map(self, micro: MicroBatch) -> FlowMap:
+        """A map to gather; where a response has no answer, its last tokens stand for one."""
+        settings = self.config.signals.flow
+        bounds = zip(micro.answers.tolist(), micro.response_starts.tolist(), micro.cu_seqlens[1:].tolist(), strict=True)
+        answers = [
+            (first, last) if first < last else (max(start, end - settings.fallback_tokens), end)
+            for (first, last), start, end in bounds
+        ]
+        options = FlowOptions(settings.threshold, settings.storage)
+        return FlowMap(micro.cu_seqlens, micro.response_starts, answers, len(self.layers), options)
 
     def _credit(self, micro: MicroBatch, columns: dict[str, Tensor], step: int) -> tuple[Tensor, int]:
         """Gamma [t] of a micro-batch whose forward gave `columns`, and how many tokens it amplifies."""

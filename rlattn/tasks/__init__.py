@@ -32,6 +32,13 @@ class Task(Protocol):
     verifier: Verifier
     """Judges completions. The reward is `accuracy` (1 where right) plus the verdict's `parts`."""
 
+    def answer_span(self, completion: str) -> tuple[int, int] | None:
+        """The characters of a completion that the verifier reads as its answer, first and one after the last.
+
+        Credit `flow` traces what reaches them. None where there is no answer, or the task has no pattern for one.
+        """
+        return None
+
 
 @runtime_checkable
 class TeachableTask(Task, Protocol):

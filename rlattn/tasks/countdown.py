@@ -19,7 +19,9 @@ from rlattn.problem import Problem, Verdict
 from rlattn.tasks import Task
 from rlattn.tasks.arithmetic import evaluate
 from rlattn.tasks.search import combine, search_trace
+from rlattn.verifiers.extract import stripped
 
+OPEN, CLOSE = "<answer>", "</answer>"
 Whole = Annotated[int, Field(ge=1, le=10_000)]
 
 PROMPTS = {
@@ -98,6 +100,11 @@ class Countdown(Task):
         largest = max(self.options.target_high, self.options.number_high)
         return search_trace(problem.answer["numbers"], problem.answer["target"], rng, largest)
 
+    def answer_span(self, completion: str) -> tuple[int, int] | None:
+        """What stands in the last `<answer>...</answer>`."""
+        span = _last_answer(completion)
+        return span and stripped(completion, *span)
+
     def _problem(self, split: str, row: int, numbers: list[int], target: int) -> Problem:
         prompt = PROMPTS[self.options.prompt].format(numbers=numbers, words=" ".join(map(str, numbers)), target=target)
         return Problem(f"{split}-{row}", prompt, {"numbers": numbers, "target": target})
@@ -109,7 +116,8 @@ def judge(answer: dict[str, Any], completion: str, *, format_reward: float = 0.0
     Right is an expression whose exact value is `answer["target"]` and that uses each of `answer["numbers"]` exactly
     once. Where `format_reward` is set, part `format` is that or 0.
     """
-    before, text, after = _last_answer(completion)
+    start, end = _last_answer(completion) or (0, 0)
+    before, text, after = completion[: max(0, start - len(OPEN))], completion[start:end], completion[end + len(CLOSE) :]
     numbers, target = sorted(answer["numbers"]), answer["target"]
     right = well_formed = False
     normalised = None
@@ -211,10 +219,8 @@ def _random_value(numbers: list[int], rng: random.Random) -> int | None:
     return pool[0]
 
 
-def _last_answer(completion: str) -> tuple[str, str, str]:
+def _last_answer(completion: str) -> tuple[int, int] | None:
     # str.rfind, not a regular expression: linear in time on any text.
-    end = completion.rfind("</answer>")
-    start = completion.rfind("<answer>", 0, max(end, 0))
-    if start < 0:
-        return "", "", ""
-    return completion[:start], completion[start + len("<answer>") : end], completion[end + len("</answer>") :]
+    end = completion.rfind(CLOSE)
+    start = completion.rfind(OPEN, 0, max(end, 0))
+    return None if start < 0 else (start + len(OPEN), end)

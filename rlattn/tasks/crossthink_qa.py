@@ -58,6 +58,10 @@ class CrossThinkQA(Task):
             rest = [self._problem("train", row, index) for index, row in enumerate(read_file(options.train_file))]
         self.test, self.train = test[: options.limit], rest[: options.train_size]
 
+    def answer_span(self, completion: str) -> tuple[int, int] | None:
+        """By the rules of `rlattn.verifiers.choice`."""
+        return choice.answer_span(completion)
+
     def _problem(self, prefix: str, row: dict[str, Any], index: int) -> Problem:
         where = f"crossthink_qa, {prefix} row {index + 1}"
         if "reward_model" in row:

@@ -9,6 +9,7 @@ from rlattn.problem import Problem, Verifier
 from rlattn.tasks import Task
 from rlattn.tasks.rows import DataOptions, first_of, read_file, read_rows
 from rlattn.verifiers import math
+from rlattn.verifiers.extract import find_span
 
 
 class MathOptions(DataOptions):
@@ -56,6 +57,10 @@ class MathTask(Task):
         """The gold answer of a row."""
         answer = first_of(row, ("answer", "final_answer"), where)
         return ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+
+    def answer_span(self, completion: str) -> tuple[int, int] | None:
+        """By the rules of `rlattn.verifiers.extract`."""
+        return find_span(completion)[0]
 
     def _problem(self, prefix: str, index: int, row: dict[str, Any]) -> Problem:
         where = f"{self.name}, {'train row' if prefix == 'train' else 'row'} {index + 1}"

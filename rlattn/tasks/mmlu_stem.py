@@ -48,6 +48,10 @@ class MMLUStem(Task):
         self.test = [self._problem("mmlu_stem", row, index, options) for index, row in enumerate(rows[: options.limit])]
         self.train = [self._problem("train", row, index, options) for index, row in enumerate(train)]
 
+    def answer_span(self, completion: str) -> tuple[int, int] | None:
+        """By the rules of `rlattn.verifiers.choice`."""
+        return choice.answer_span(completion)
+
     def _problem(self, prefix: str, row: dict[str, Any], index: int, options: QuestionOptions) -> Problem:
         where = f"mmlu_stem, {prefix} row {index + 1}"
         text = str(first_of(row, ("problem", "question"), where))

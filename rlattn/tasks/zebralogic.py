@@ -83,6 +83,10 @@ class ZebraLogic(Task):
             raise ConfigError("task.options.prompt must be 'compact' to learn zebralogic from worked solutions")
         return deduction(self.puzzles[problem.id], rng)
 
+    def answer_span(self, completion: str) -> tuple[int, int] | None:
+        """By the rules of `rlattn.verifiers.grid`."""
+        return grid.answer_span(completion)
+
     def _problem(self, name: str, row: int) -> Problem:
         sizes = self.options.sizes
         houses, attributes = sizes[row % len(sizes)]

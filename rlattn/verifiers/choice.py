@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from rlattn.problem import Verdict
+from rlattn.verifiers.extract import Span, stripped
 
 TAIL = 4000
 LONGEST = 1000
@@ -51,7 +52,8 @@ def judge(answer: dict[str, Any], completion: str) -> Verdict:
     - `{"choice": "C", "choices": [texts]}`: right is C, however it is written (see `read_choice`);
     - `{"text": [accepted, ...]}`: right is a text that is equal to one of them after `normalise`.
     """
-    found, where = _extract(completion)
+    span, where = _extract(completion)
+    found = completion[slice(*span)]
     if "choice" in answer:
         gold, choices = answer["choice"], answer["choices"]
         letter, reason = read_choice(found, choices, prose=where in ("answer is", "last line"))
@@ -124,35 +126,47 @@ def normalise(text: str) -> str:
     return " ".join(words)
 
 
-def _extract(completion: str) -> tuple[str, str]:
+def answer_span(completion: str) -> Span | None:
+    """The characters that `judge` reads as the answer; None where there are none."""
+    span, _ = _extract(completion)
+    return span if span[0] < span[1] else None
+
+
+def _extract(completion: str) -> tuple[Span, str]:
+    """The answer's characters and where it stands; or no characters, and why."""
+    nothing = (0, 0)
     start = completion.rfind("\\boxed{")
     if start >= 0:
-        content = _braced(completion[start + len("\\boxed{") : start + LONGEST])
-        return (content, "boxed") if content else ("", "the last \\boxed{...} is empty, unfinished or too long")
+        start += len("\\boxed{")
+        span = stripped(completion, start, start + _braced(completion[start : start - len("\\boxed{") + LONGEST]))
+        if span[0] == span[1]:
+            return nothing, "the last \\boxed{...} is empty, unfinished or too long"
+        return span, "boxed"
     end = completion.rfind("</answer>")
     start = completion.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
         if end - start > LONGEST:
-            return "", "the last <answer> is too long"
-        return completion[start + len("<answer>") : end].strip(), "<answer>"
-    tail = completion[-TAIL:].strip()
+            return nothing, "the last <answer> is too long"
+        return stripped(completion, start + len("<answer>"), end), "<answer>"
+    begin, end = stripped(completion, max(0, len(completion) - TAIL), len(completion))
+    tail = completion[begin:end]
     cue = None
     for cue in _CUE.finditer(tail):  # noqa: B007 - the last one
         pass
     if cue:
-        return cue[1].strip(), "answer is"
-    line = tail.rpartition("\n")[2].strip()
-    return (line, "last line") if 0 < len(line) <= LONGEST else ("", "no answer")
+        return stripped(completion, begin + cue.start(1), begin + cue.end(1)), "answer is"
+    line = stripped(completion, begin + tail.rfind("\n") + 1, end)
+    return (line, "last line") if 0 < line[1] - line[0] <= LONGEST else (nothing, "no answer")
 
 
-def _braced(text: str) -> str:
-    # Up to the brace that closes; escaped braces are characters.
+def _braced(text: str) -> int:
+    # How many characters are before the brace that closes, 0 where none does; escaped braces are characters.
     depth = 1
     for mark in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if not depth:
-            return text[: mark.start()].strip()
-    return ""
+            return mark.start()
+    return 0
 
 
 def _by_text(text: str, letters: dict[str, str]) -> list[str]:

@@ -32,51 +32,75 @@ UNCLOSED = r"no answer: the last \boxed{ is never closed"
 SENTENCE_END = re.compile(r"(?<=\S)[.!](?=\s|$)|\n")
 
 
+Span = tuple[int, int]  # of characters: the first, and the one after the last
+
+
 def find_answer(completion: str) -> tuple[str | None, str]:
     """The answer as the completion writes it, or None; and where it stood, or why there is none."""
-    text = completion[-WINDOW:]
-    _, closed, tail = text.rpartition("</think>")
+    span, how = find_span(completion)
+    return (None if span is None else completion[slice(*span)]), how
+
+
+def find_span(completion: str) -> tuple[Span | None, str]:
+    """The characters of the completion that `find_answer` returns, or None; and the same reason."""
+    offset = max(0, len(completion) - WINDOW)
+    text = completion[offset:]
+    head, closed, tail = text.rpartition("</think>")
+    begin = len(head) + len(closed)
     found, how = _search(tail)
     if closed and found is None and how != UNCLOSED:
-        return _search(text)
-    return found, how
+        begin = 0
+        found, how = _search(text)
+    return (None if found is None else (offset + begin + found[0], offset + begin + found[1])), how
 
 
-def _search(text: str) -> tuple[str | None, str]:
+def stripped(text: str, start: int, end: int, blanks: str | None = None) -> Span:
+    """The span of `text[start:end].strip(blanks)`."""
+    part = text[start:end]
+    start += len(part) - len(part.lstrip(blanks))
+    return start, start + len(part.strip(blanks))
+
+
+def _search(text: str) -> tuple[Span | None, str]:
     for head in reversed(list(BOX.finditer(text))):
         found = _boxed(text, head.end())
         if found is None:
             return None, UNCLOSED
-        if found:
+        if found[0] < found[1]:
             return found, "boxed"
-    if lines := HASHES.findall(text):
-        return lines[-1], "####"
+    if lines := list(HASHES.finditer(text)):
+        return lines[-1].span(1), "####"
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
-    if start >= 0 and (found := text[start + len("<answer>") : end].strip()):
-        return found, "<answer>"
+    if start >= 0:
+        found = stripped(text, start + len("<answer>"), end)
+        if found[0] < found[1]:
+            return found, "<answer>"
     for start in (match.end() for match in reversed(list(PHRASE.finditer(text)))):
-        if found := _phrase(text[start : start + PHRASE_LENGTH]):
+        found = _phrase(text, start)
+        if found[0] < found[1]:
             return found, "answer is"
     return None, r"no answer: no \boxed{}, no #### number, no <answer>, no 'answer is'"
 
 
-def _boxed(text: str, start: int) -> str | None:
-    """What a box whose command ends at `start` holds; "" where that is nothing, None where it is never closed."""
+def _boxed(text: str, start: int) -> Span | None:
+    """What a box whose command ends at `start` holds, maybe nothing; None where it is never closed."""
     if not text.startswith("{", start):
         word = WORD.match(text, start)
-        return word[0].rstrip(".,;") if word else ""
+        return (start, start + len(word[0].rstrip(".,;"))) if word else (start, start)
     depth = 0
     for brace in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start + 1 : brace.start()].strip()
+            return stripped(text, start + 1, brace.start())
     return None
 
 
-def _phrase(rest: str) -> str:
+def _phrase(text: str, start: int) -> Span:
+    """The formula or the sentence that begins at `start`, maybe nothing."""
+    rest = text[start : start + PHRASE_LENGTH]
     for opener, closer in CLOSERS.items():
         if rest.startswith(opener) and (end := rest.find(closer, len(opener))) > 0:
-            return rest[len(opener) : end].strip()
+            return stripped(text, start + len(opener), start + end)
     stop = SENTENCE_END.search(rest)
-    return rest[: stop.start() if stop else None].strip(" \t*.,;")
+    return stripped(text, start, start + (stop.start() if stop else len(rest)), " \t*.,;")

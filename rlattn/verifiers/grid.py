@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlattn.problem import Verdict
+from rlattn.verifiers.extract import stripped
 
 MAX_CHARS = 16_384
 """Longest answer that is read; a 6x6 grid takes about 1000 characters."""
@@ -51,8 +52,23 @@ def judge(answer: dict[str, Any], completion: str, *, cell_reward: float = 0.0) 
     return Verdict(right > 0 and not wrong, extracted, normalised, written, reason, parts)
 
 
-def _read(completion: str, gold: Grid) -> tuple[str, list[tuple[str, Any]]]:
-    """The answer as written and its (house, content) pairs."""
+def answer_span(completion: str) -> tuple[int, int] | None:
+    """The characters that `judge` reads as the answer; None where there is none that could be read."""
+    start, stop, head = _place(completion)
+    if head:
+        try:
+            text = completion[head.end() : min(stop, head.end() + MAX_CHARS)]
+            return head.end(), head.end() + json.JSONDecoder().raw_decode(text)[1]
+        except (ValueError, RecursionError):
+            return None
+    if start == 0 or stop - start > MAX_CHARS:
+        return None
+    start, stop = stripped(completion, start, stop)
+    return (start, stop) if start < stop else None
+
+
+def _place(completion: str) -> tuple[int, int, re.Match[str] | None]:
+    """Where to look, from 0 where there is no `<answer>...</answer>`; and the last `"solution":` there."""
     end = completion.rfind("</answer>")
     tag = completion.rfind("<answer>", 0, max(end, 0))
     start, stop = (tag + len("<answer>"), end) if tag >= 0 else (0, len(completion))
@@ -61,6 +77,12 @@ def _read(completion: str, gold: Grid) -> tuple[str, list[tuple[str, Any]]]:
         at = completion.rfind('"solution"', start, at)
         if at < 0 or (head := _HEAD.match(completion, at, stop)):
             break
+    return start, stop, head
+
+
+def _read(completion: str, gold: Grid) -> tuple[str, list[tuple[str, Any]]]:
+    """The answer as written and its (house, content) pairs."""
+    start, stop, head = _place(completion)
     if head:
         text = completion[head.end() : min(stop, head.end() + MAX_CHARS)]
         try:
@@ -68,7 +90,7 @@ def _read(completion: str, gold: Grid) -> tuple[str, list[tuple[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the solution is not JSON: {str(error)[:80]}") from None
         return text[:length], pairs
-    if tag < 0:
+    if start == 0:
         raise ValueError('no "solution" and no <answer>...</answer>')
     if stop - start > MAX_CHARS:
         raise ValueError(f"an answer of {stop - start} characters; at most {MAX_CHARS} are read")

@@ -27,6 +27,7 @@ WAAD = [1, 5, 1, 1, 3, 3, 2, 2, 2, 9]
 FAI = [0, 0.1, 0.9, 0, 0.2, 0.1, 0.8, 0.7, 0, 0.6]
 ENTROPY = [0.5, 0.5, 0.5, 0.5, 0.5, 2, 1, 0, 0.5, 0.5]
 FAI_ALL = [0.9, 0.2, 0.3, 0, 0.2, 0.4, 0.2, 0.8, 0.1, 0]
+FLOW = [0.1, 0.3, 0, 0, 0.6, 0.2, 0.3, 0.7, 0, 0.3]
 LOGPS = [0, 0, 0, 0, math.log(0.5), math.log(0.25), math.log(0.125), math.log(0.5), math.log(0.25), -200]
 
 
@@ -34,9 +35,10 @@ config_of = cache(lambda name, **options: CreditConfig(name=name, **options))
 strategy = cache(registry.CREDIT.load)  # a look-up scans every installed distribution
 
 
-def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, logps=LOGPS, fai_all=FAI_ALL, seed=0, **options):
+def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, logps=LOGPS, fai_all=FAI_ALL, flow=FLOW, seed=0, **options):
     columns = [torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy, logps)]
-    extra = {"fai_all": torch.tensor(fai_all, dtype=torch.float32)} if needed(name) else {}
+    given = {"fai_all": fai_all, "flow": flow}
+    extra = {signal: torch.tensor(given[signal], dtype=torch.float32) for signal in needed(name)}
     response = ResponseSignals(*columns, torch.Generator().manual_seed(seed), extra)
     return strategy(name)(response, config_of(name, **options))
 
@@ -56,6 +58,9 @@ BY_HAND = [
     ("reweight", {"reweight_alpha": 0}, {}),
     ("column_mean", {}, {0: 1.5, 2: 1.5, 5: 1.5, 7: 1.5}),
     ("column_mean", {"which": "bottom", "top_q": 0.2}, {3: 1.5, 9: 1.5}),
+    ("flow", {}, {7: 1.5, 4: 1.5, 1: 1.5, 6: 1.5}),
+    ("flow", {"which": "bottom", "amplification": 2}, {2: 2, 3: 2, 8: 2, 0: 2}),
+    ("flow", {"top_q": 0.11}, {7: 1.5, 4: 1.5}),
     ("position", {}, {0: 1.5, 2: 1.5, 5: 1.5, 7: 1.5}),
     ("position", {"position": "start", "top_q": 0.25}, {0: 1.5, 1: 1.5, 2: 1.5}),
     ("position", {"position": "end", "amplification": 2}, {6: 2, 7: 2, 8: 2, 9: 2}),
@@ -87,6 +92,11 @@ def test_by_hand(name, options, expected):
     gamma = gamma_of(name, **options)
     assert paid(gamma) == {i: pytest.approx(value) for i, value in expected.items()}
     assert gamma.dtype == torch.float32
+
+
+def test_where_nothing_flows_nothing_is_amplified():
+    for which in ("top", "bottom"):
+        assert torch.equal(gamma_of("flow", flow=[0.0] * 10, which=which), torch.ones(10))
 
 
 def test_coupled_terms_add_and_a_shared_introduction_is_paid_once():
@@ -213,9 +223,9 @@ def make_batch(responses=(30, 1, 0, 17, 44), prompts=None, seed=0):
     rollouts = make_rollouts(list(prompts or [3 + i for i in range(len(responses))]), list(responses))
     mask = rollouts.response_mask
     generator = torch.Generator().manual_seed(seed)
-    waad, fai, entropy, logps, fai_all = (torch.rand(len(mask), generator=generator) * mask for _ in range(5))
+    waad, fai, entropy, logps, fai_all, flow = (torch.rand(len(mask), generator=generator) * mask for _ in range(6))
     heads = torch.zeros(1, 2)
-    signals = Signals(waad, fai, [0], heads, heads, heads, heads.to(torch.int8), {"fai_all": fai_all})
+    signals = Signals(waad, fai, [0], heads, heads, heads, heads.to(torch.int8), {"fai_all": fai_all, "flow": flow})
     return rollouts, Scores(-logps, entropy, signals)
 
 
@@ -280,7 +290,7 @@ def test_randomness_is_a_function_of_seed_step_and_sequence(name):
 
 # --- budgets ---
 
-AMPLIFIES = ["random", "position", "entropy", "column_mean", "local_chunk", "global_anchor"]
+AMPLIFIES = ["random", "position", "entropy", "column_mean", "local_chunk", "global_anchor", "flow"]
 REPAYS = ["coupled_rhythm", "shuffled"]  # bonuses move and add; see the test
 SCALES_DOWN = ["entropy_selection", "reweight"]
 
@@ -290,8 +300,9 @@ shares = st.integers(1, 100).map(lambda percent: percent / 100)
 
 def random_response(length, seed):
     """Random columns with many ties."""
-    draws = torch.randint(0, 12, (5, length), generator=torch.Generator().manual_seed(seed)) / 8
-    names = ("waad", "fai", "entropy", "logps", "fai_all")
+    draws = torch.randint(0, 12, (6, length), generator=torch.Generator().manual_seed(seed)) / 8
+    names = ("waad", "fai", "entropy", "logps", "fai_all", "flow")
+    draws[-1, 0] += 0.1  # where nothing flows at all, nothing is amplified: tested on its own
     return {name: (-draw if name == "logps" else draw).tolist() for name, draw in zip(names, draws, strict=True)}
 
 
@@ -499,5 +510,5 @@ def test_an_undeclared_extra_signal_is_refused_by_name(third_party):
     third_party("response.extra['fai_all']")
     with pytest.raises(CreditError, match=r"'theirs' reads 'fai_all' without declaring it; add @needs\('fai_all'\)"):
         run(make_batch(), name="theirs")
-    with pytest.raises(ValueError, match="no extra signal called 'fay_all'; known: fai_all"):
+    with pytest.raises(ValueError, match="no extra signal called 'fay_all'; known: fai_all, flow"):
         needs("fay_all")
