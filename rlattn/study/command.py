@@ -67,7 +67,7 @@ def look(study: StudyConfig, runs: list[Run]) -> list[tuple[Run, Progress]]:
     states, wrong = [], []
     for run in runs:
         try:
-            states.append((run, progress(run, [study.metric, *study.curves])))
+            states.append((run, progress(run, study.metrics)))
         except ConfigError as error:
             wrong.append(str(error))
     if wrong:
@@ -104,5 +104,5 @@ def _launcher(study: StudyConfig, lock: int) -> Launcher:
     if study.launch.mode == "jobs":
         from rlattn.trainers.jobs import Jobs
 
-        return Jobs(study.launch.address, study.launch.at_once)
+        return Jobs(study.launch)
     return Processes(lock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -24,6 +24,10 @@ class LaunchConfig(Section):
     """jobs: of the cluster's job server, such as `http://head:8265`; None means what RAY_API_SERVER_ADDRESS says."""
     at_once: Positive = 2
     """jobs: most jobs at a time."""
+    python: str = "python"
+    """jobs: the cluster's interpreter, in whose environment rlattn is installed."""
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    """jobs: Ray's, passed through; such as `{pip: [rlattn-0.1.0-py3-none-any.whl]}`."""
     stall_timeout_s: Seconds = 7200
     """Longest wait for a run's next step, its start included; the run is then stopped and counts as failed."""
 
@@ -73,6 +77,11 @@ class StudyConfig(Section):
                 if owner := OWNED.get(item.partition("=")[0]):
                     raise ValueError(f"{place}: {item!r} is set by the study's {owner}; remove it")
         return self
+
+    @property
+    def metrics(self) -> list[str]:
+        """What is drawn, the compared one first."""
+        return list(dict.fromkeys([self.metric, *self.curves]))
 
 
 @dataclass(frozen=True)

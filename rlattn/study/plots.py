@@ -24,7 +24,7 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
     from matplotlib.ticker import MaxNLocator
 
     study = summary.study
-    metrics = list(dict.fromkeys([study.metric, *study.curves]))
+    metrics = study.metrics
     settings = {"svg.hashsalt": "rlattn", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(settings):
         figure, axes = plt.subplots(

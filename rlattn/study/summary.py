@@ -87,8 +87,7 @@ class Missing:
     total: int
 
     def __str__(self) -> str:
-        reached = "not started" if self.step is None else f"step {self.step} of {self.total}"
-        return f"{self.arm}, seed {self.seed}: {reached}"
+        return f"seed {self.seed} {'not started' if self.step is None else f'at step {self.step} of {self.total}'}"
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,7 @@ def summarise(study: StudyConfig, runs: Sequence[tuple[Run, Progress]]) -> Summa
         for name, cells in by_arm.items()
     }
     arms = [_arm(study, name, cells, scores[name], scores[study.baseline]) for name, cells in by_arm.items()]
-    missing = [
-        Missing(run.arm, run.seed, found.step, found.total) for run, found in runs if not found.finished
-    ]  # fmt: skip
+    missing = [Missing(run.arm, run.seed, found.step, found.total) for run, found in runs if not found.finished]
     return Summary(study, arms, missing)
 
 
@@ -157,9 +154,7 @@ def _arm(
     baseline: Mapping[int, float],
 ) -> Arm:
     drawn = [found for found in cells.values() if found.finished] or [f for f in cells.values() if f.step is not None]
-    curves = {
-        metric: [found.curves[metric] for found in drawn] for metric in dict.fromkeys([study.metric, *study.curves])
-    }
+    curves = {metric: [found.curves[metric] for found in drawn] for metric in study.metrics}
     return Arm(
         name=name,
         scores=scores,
