@@ -15,7 +15,7 @@ from pathlib import Path
 from rlattn import __version__
 from rlattn.config import ConfigError, RunConfig, load_config
 from rlattn.evaluation.arguments import add_arguments as add_eval_arguments
-from rlattn.study.command import add_arguments as add_study_arguments
+from rlattn.study.arguments import add_arguments as add_study_arguments
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rlattn.config import ConfigError
@@ -39,9 +40,9 @@ class Jobs:
         self._side = ThreadPoolExecutor(1, thread_name_prefix="job-server")
         try:
             self._client = self._ask(JobSubmissionClient, launch.address)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, RayError) as error:  # not there, another version, no token for it
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"`launch.address` = {launch.address!r}: no Ray job server there ({reason})") from None
+            raise ConfigError(f"`launch.address` = {launch.address!r}: no Ray job server to use: {reason}") from None
         self._jobs = {
             job.metadata[RUN]: job.submission_id
             for job in self._ask(self._client.list_jobs)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlattn.study.summary import Arm, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; with more arms the line styles change.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
@@ -12,11 +16,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw(summary: Summary, stem: Path) -> list[Path]:
-    """Write `<stem>.png` and `<stem>.svg`; returns the paths.
-
-    Lines are means over seeds, bands their 95% intervals; only the baseline's band and that of arms drawn alone are
-    filled densely enough to hide nothing.
-    """
+    """Write `<stem>.png` and `<stem>.svg`; returns the paths. Lines are means over seeds, bands their 95% intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,12 +50,12 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
     return paths
 
 
-def _line(axis: object, arm: Arm, metric: str, smoothed: bool, colour: str, style: str) -> None:
+def _line(axis: Axes, arm: Arm, metric: str, smoothed: bool, colour: str, style: str) -> None:
     band = (arm.smooth if smoothed else arm.raw)[metric]
     if not band.steps:
         return
-    many = f"{band.seeds} seed{'s' if band.seeds > 1 else ''}{'' if arm.finished else ', unfinished'}"
-    means = [value.value for value in band.values]
-    axis.plot(band.steps, means, style, color=colour, label=f"{arm.name} ({many})", lw=1.6)  # type: ignore[attr-defined]
+    label = f"{arm.name} ({band.seeds} seed{'s' if band.seeds > 1 else ''}{'' if arm.finished else ', unfinished'})"
+    name = f"{arm.name} {metric} {'smooth' if smoothed else 'raw'}"  # the id of the line's group in the SVG
+    axis.plot(band.steps, [value.value for value in band.values], style, color=colour, label=label, lw=1.6, gid=name)
     lows, highs = [value.low for value in band.values], [value.high for value in band.values]
-    axis.fill_between(band.steps, lows, highs, color=colour, alpha=0.1, lw=0)  # type: ignore[attr-defined]
+    axis.fill_between(band.steps, lows, highs, color=colour, alpha=0.1, lw=0, gid=f"{name} band")

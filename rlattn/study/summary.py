@@ -120,7 +120,7 @@ def ema_of_peak(values: ArrayLike, a: float) -> NDArray[np.float64]:
     """
     smooth = np.array(values, dtype=np.float64)
     for t in range(1, len(smooth)):
-        smooth[t] = a * max(smooth[t], smooth[t - 1]) + (1 - a) * smooth[t - 1]
+        smooth[t] = smooth[t - 1] + a * max(smooth[t] - smooth[t - 1], 0)  # the same, and rounding cannot make it fall
     return smooth
 
 
