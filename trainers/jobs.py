@@ -46,7 +46,7 @@ class Jobs:
         self._jobs = {
             job.metadata[RUN]: job.submission_id
             for job in self._ask(self._client.list_jobs)
-            if RUN in (job.metadata or {}) and job.submission_id and not job.status.is_terminal()
+            if job.metadata and RUN in job.metadata and job.submission_id and not job.status.is_terminal()
         }
 
     def start(self, run: Run) -> None:

@@ -44,21 +44,20 @@ class Processes:
 
     def stop(self, run: Run) -> None:
         """End a run."""
-        process = self._running[run.name]
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
+        self._end([self._running[run.name]])
 
     def leave(self) -> str:
         """End the runs, as this process ends."""
-        for process in self._running.values():
+        self._end(list(self._running.values()))
+        return "the same command goes on where this one stopped"
+
+    @staticmethod
+    def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
             process.terminate()
-        for process in self._running.values():
+        for process in processes:
             try:
                 process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-        return "the same command goes on where this one stopped"
+                process.wait(STOP_TIMEOUT_S)

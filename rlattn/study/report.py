@@ -51,8 +51,8 @@ def notes(summary: Summary) -> list[str]:
     study, count = summary.study, len(summary.study.seeds)
     lines = [
         f"{study.metric}{' in %' if _percent(summary) else ''}, last of each run; mean over seeds [95% bootstrap]; "
-        f"differences to {study.baseline} are of equal seeds; p: sign-flip test, two-sided, not corrected for "
-        f"comparing {len(study.arms) - 1} arms."
+        f"differences to {study.baseline} are of equal seeds; ± t: half of their 95% Student's t interval; p: "
+        f"sign-flip test, two-sided, not corrected for comparing {len(study.arms) - 1} arms."
     ]
     if 1 < count < 8:
         lines.append(
@@ -108,7 +108,7 @@ def _items(overrides: list[str]) -> str:
 
 
 def _columns(summary: Summary) -> tuple[str, ...]:
-    return ("arm", "seeds", "score [95%]", f"- {summary.study.baseline} [95%]", "[95% t]", "p")
+    return ("arm", "seeds", "score [95%]", f"- {summary.study.baseline} [95%]", "± t", "p")
 
 
 def _row(summary: Summary, arm: Arm) -> list[str]:
@@ -122,7 +122,7 @@ def _difference(summary: Summary, difference: Difference | None) -> list[str]:
         return ["–", "–", "–"]
     found = difference.paired
     several = found.problems > 1
-    t = f"[{_number(summary, difference.t_low, '+')}, {_number(summary, difference.t_high, '+')}]" if several else "–"
+    t = _number(summary, difference.t_half) if several else "–"
     return [_interval(summary, found.difference, "+"), t, f"{found.p_value:.2f}" if several else "–"]
 
 

@@ -38,13 +38,12 @@ class Difference:
 
     Attributes:
         paired: mean difference, its bootstrap interval and the p-value of the sign-flip test.
-        t_low: lower end of Student's t interval, which is honest for few seeds where differences are about normal.
-        t_high: its upper end.
+        t_half: half of the 95% Student's t interval around the mean, which is wide enough for few seeds where
+            differences are about normal; 0 for one seed.
     """
 
     paired: Paired
-    t_low: float
-    t_high: float
+    t_half: float
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,8 @@ def compare(baseline: Mapping[int, float], arm: Mapping[int, float], resamples: 
     if not common:
         return None
     found = paired({str(s): baseline[s] for s in common}, {str(s): arm[s] for s in common}, resamples=resamples)
-    value, stderr = found.difference.value, found.difference.stderr
-    half = 0.0 if stderr is None else float(stats.t.isf((1 - LEVEL) / 2, len(common) - 1)) * stderr
-    return Difference(found, value - half, value + half)
+    stderr = found.difference.stderr
+    return Difference(found, 0.0 if stderr is None else float(stats.t.isf((1 - LEVEL) / 2, len(common) - 1)) * stderr)
 
 
 def band(curves: Sequence[Curve], resamples: int, smooth: float | None = None) -> Band:
