@@ -1,6 +1,7 @@
 import json
 import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from rlattn.cli import main
 from rlattn.config import ConfigError, read_tree
 from rlattn.console import Console
 from rlattn.study.command import look
-from rlattn.study.config import grid, load_study
+from rlattn.study.config import LaunchConfig, StudyConfig, grid, load_study
 from rlattn.study.report import as_json, notes, write
 from rlattn.study.runner import Ended, execute, locked
 from rlattn.study.summary import band, compare, ema_of_peak, summarise
@@ -82,8 +83,6 @@ def test_everything_is_checked_before_anything_starts(tmp_path, changes, message
 
 
 def test_every_field_is_documented():
-    from rlattn.study.config import LaunchConfig, StudyConfig
-
     for section in (StudyConfig, LaunchConfig):
         assert all(field.description for field in section.model_fields.values())
 
@@ -281,3 +280,12 @@ def test_a_shipped_study_is_found_by_name_and_others_are_listed():
     assert read_tree("quickstart", shelf="studies")["baseline"] == "uniform"
     with pytest.raises(ConfigError, match=r"no config file at 'quick'.*\(quickstart\)"):
         load_study("quick")
+
+
+def test_the_example_of_the_documentation_resolves():
+    text = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    example, jobs = (yaml.safe_load(block.split("```")[0]) for block in text.split("```yaml")[1:])
+    study = StudyConfig.model_validate(example)
+    assert len(grid(study)) == 15
+    both = StudyConfig.model_validate(example | {**jobs, "overrides": example["overrides"] + jobs["overrides"]})
+    assert grid(both)[0].config.ray.address == "auto"
