@@ -1,4 +1,7 @@
-"""The command line: `rlattn train|eval|warmup|report|export`. Heavy imports happen in the command that needs them."""
+"""The command line: `rlattn train|eval|study|warmup|report|export`.
+
+Heavy imports happen in the command that needs them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 from rlattn import __version__
 from rlattn.config import ConfigError, RunConfig, load_config
 from rlattn.evaluation.arguments import add_arguments as add_eval_arguments
+from rlattn.study.arguments import add_arguments as add_study_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +84,13 @@ def evaluate(args: argparse.Namespace) -> None:
     run(args)
 
 
+def study(args: argparse.Namespace) -> None:
+    """`rlattn study`."""
+    from rlattn.study.command import run
+
+    run(args)
+
+
 def report(args: argparse.Namespace) -> None:
     """`rlattn report RUN_DIR`."""
     from rlattn.report import write_report
@@ -132,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     again.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     add_eval_arguments(add("eval", evaluate, "Evaluate a model on reasoning benchmarks."))
+    add_study_arguments(add("study", study, "Compare arms over seeds: table with intervals and learning curves."))
     add_config(add("warmup", warmup, "Make (or find) the small starting model of a config."))
     command = add("report", report, "Write report.html for a run.")
     command.add_argument("run_dir", type=Path)

@@ -8,6 +8,7 @@ what `--dry-run` prints is what runs.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,9 @@ OWNED_DEEPSPEED_KEYS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
 }
+
+FREE = ("output_dir", "ray.", "trainer.save_", "trainer.report_to", "trainer.log_completions")
+"""Beginnings of keys that shape nothing of a run's result."""
 
 
 class ConfigError(ValueError):
@@ -433,7 +437,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: one line a problem, each naming the key, its value and what would be accepted.
     """
-    source = _find(path)
+    return validate(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path, overrides: list[str] | None = None, shelf: str = "") -> dict[str, Any]:
+    """The sections of a YAML file, or of the shipped one of that name, with `a.b=value` overrides; not validated.
+
+    `shelf` is the folder of `rlattn.configs` where shipped files of the kind are.
+
+    Raises:
+        ConfigError: no such file, not a YAML mapping, or a malformed override.
+    """
+    source = _find(path, shelf)
     try:
         tree = yaml.safe_load(source.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -442,7 +457,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{source} must hold a mapping of sections, not {type(tree).__name__}")
     for item in overrides or []:
         override(tree, item)
-    return validate(tree)
+    return tree
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:
@@ -468,8 +483,22 @@ def describe(root: type[BaseModel], error: Any) -> str:
     return f"`{path}` = {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _find(path: str | Path) -> Path:
+def differences(old: Any, new: Any, free: tuple[str, ...] = FREE, prefix: str = "") -> Iterator[str]:
+    """Each key whose value differs between two trees of sections, but time-outs and those that begin with a `free`."""
+    for key in sorted(old.keys() | new.keys()):
+        path = f"{prefix}{key}"
+        if path.startswith(free) or path.endswith("timeout_s"):
+            continue
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from differences(was, now, free, f"{path}.")
+        elif was != now:
+            yield f"{path} was {was!r}, now {now!r}"
+
+
+def _find(path: str | Path, shelf: str) -> Path:
     shipped = Path(__file__).parent / "configs" if (Path(__file__).parent / "configs").is_dir() else _configs_folder()
+    shipped /= shelf
     for candidate in (Path(path), shipped / f"{path}.yaml"):
         if candidate.is_file():
             return candidate

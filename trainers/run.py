@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlattn.config import ConfigError, RunConfig
+from rlattn.config import FREE, ConfigError, RunConfig, differences
 from rlattn.console import Console
 from rlattn.metrics import completion_records
 from rlattn.report import write_report
@@ -31,15 +30,8 @@ from rlattn.trainers.policy import Policy
 from rlattn.trainers.warmup import warmup
 from rlattn.verifiers.pool import VerifierPool
 
-# What a resumed run may change: everything else shapes its result.
-FREE_ON_RESUME = (
-    "trainer.eval_",
-    "trainer.save_",
-    "trainer.report_to",
-    "trainer.log_completions",
-    "ray.",
-    "output_dir",
-)
+FREE_ON_RESUME = (*FREE, "trainer.eval_")
+"""What a resumed run may change, and time-outs: everything else shapes its result."""
 
 
 def train(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -162,7 +154,7 @@ def prepare_output(config: RunConfig, checkpoints: Checkpoints, *, resume: bool,
             f"{folder} already holds a run; give --resume to go on with it, --overwrite to replace it, "
             "or another output_dir=..."
         )
-    differing = list(_differences(yaml.safe_load(saved.read_text()), config.model_dump(mode="json")))
+    differing = list(differences(yaml.safe_load(saved.read_text()), config.model_dump(mode="json"), FREE_ON_RESUME))
     if differing:
         raise ConfigError(
             f"--resume needs the config that {folder} was started with; differing: {'; '.join(differing)}"
@@ -189,15 +181,3 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def _due(done: int, every: int, last: int) -> bool:
     return every > 0 and (done % every == 0 or done == last)
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    for key in sorted(old.keys() | new.keys()):
-        path = f"{prefix}{key}"
-        if path.startswith(FREE_ON_RESUME):
-            continue
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            yield from _differences(was, now, f"{path}.")
-        elif was != now:
-            yield f"{path} was {was!r}, now {now!r}"

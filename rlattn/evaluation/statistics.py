@@ -108,12 +108,12 @@ def maj_at_k(verdicts: Iterable[Verdict]) -> float:
     return sum(right[answer] / most for answer in winners) / len(winners) if winners else 0.0
 
 
-def estimate(values: ArrayLike, seed: int = 0) -> Estimate:
+def estimate(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """Mean of one value a problem, with its interval; see `estimates`."""
-    return estimates(np.asarray(values, dtype=np.float64)[None], seed)[0]
+    return estimates(np.asarray(values, dtype=np.float64)[None], seed, resamples)[0]
 
 
-def estimates(values: ArrayLike, seed: int = 0) -> list[Estimate]:
+def estimates(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> list[Estimate]:
     """Means of [metrics, problems] over problems, each with its bootstrap interval.
 
     The expanded percentile interval [Hesterberg 2015, arXiv 1411.5279]: a plain percentile one is too narrow by
@@ -134,7 +134,7 @@ def estimates(values: ArrayLike, seed: int = 0) -> list[Estimate]:
     interval = stats.bootstrap(
         (values,),
         np.mean,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
         batch=max(1, _AT_ONCE // values.size),
         axis=1,
         confidence_level=level,
@@ -149,7 +149,7 @@ def estimates(values: ArrayLike, seed: int = 0) -> list[Estimate]:
     return [Estimate(*row) for row in zip(*columns, strict=True)]
 
 
-def paired(a: Mapping[str, float], b: Mapping[str, float], seed: int = 0) -> Paired:
+def paired(a: Mapping[str, float], b: Mapping[str, float], seed: int = 0, resamples: int = RESAMPLES) -> Paired:
     """Compare two runs by their values on each problem; problems that only one of them has are left out and named.
 
     The p-value is the share of sign assignments to the differences whose mean is as far from 0 as the one seen: exact
@@ -163,7 +163,7 @@ def paired(a: Mapping[str, float], b: Mapping[str, float], seed: int = 0) -> Pai
         raise ValueError(f"no problem in common: {len(a)} problems against {len(b)}, with no id in both")
     differences = np.sort([b[id_] - a[id_] for id_ in common])
     return Paired(
-        difference=estimate(differences, seed),
+        difference=estimate(differences, seed, resamples),
         p_value=_sign_flip(differences[differences != 0], seed),  # a 0 has no sign to flip
         problems=len(common),
         only_a=sorted(a.keys() - b.keys()),
