@@ -1,4 +1,4 @@
-"""The command line: `rlattn train|eval|warmup|report|export`. Heavy imports happen in the command that needs them."""
+"""The command line: `rlattn train|eval|analyze|warmup|report|export`; a command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlattn import __version__
+from rlattn.analysis.arguments import add_arguments as add_analyze_arguments
 from rlattn.config import ConfigError, RunConfig, load_config
 from rlattn.evaluation.arguments import add_arguments as add_eval_arguments
 
@@ -80,6 +81,13 @@ def evaluate(args: argparse.Namespace) -> None:
     run(args)
 
 
+def analyze(args: argparse.Namespace) -> None:
+    """`rlattn analyze`."""
+    from rlattn.analysis.command import run
+
+    run(args)
+
+
 def report(args: argparse.Namespace) -> None:
     """`rlattn report RUN_DIR`."""
     from rlattn.report import write_report
@@ -132,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     again.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     add_eval_arguments(add("eval", evaluate, "Evaluate a model on reasoning benchmarks."))
+    add_analyze_arguments(add("analyze", analyze, "Analyse a model's attention on a task's responses."))
     add_config(add("warmup", warmup, "Make (or find) the small starting model of a config."))
     command = add("report", report, "Write report.html for a run.")
     command.add_argument("run_dir", type=Path)
