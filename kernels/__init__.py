@@ -7,16 +7,17 @@ if __name__ == "kernels":  # would shadow the PyPI package `kernels`, which tran
     )
 
 from .attention import packed_attention, register
-from .capture import Capture, capture_layers, middle_layers
+from .capture import Capture, LayerRange, capture_layers, spaced_layers
 from .statistics import AttentionStatistics, StatisticsOptions, attention_statistics
 
 __all__ = [
     "AttentionStatistics",
     "Capture",
+    "LayerRange",
     "StatisticsOptions",
     "attention_statistics",
     "capture_layers",
-    "middle_layers",
     "packed_attention",
     "register",
+    "spaced_layers",
 ]

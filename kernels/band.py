@@ -1,10 +1,11 @@
-"""Triton: the two bands of the map that WAAD and FAI need, from a known log-sum-exp; no pass over the other keys.
+"""Triton: what a known log-sum-exp leaves to do, reading q and k once: WAAD, FAI and sink mass.
 
 Shape legend: [T] tokens of the packed batch, [Hq] query heads, [Hkv] key heads, [D] head channels, [N] tokens of a
-program, [M] rows of a tile.
+program, [M] rows of a tile (STEP positions of each query head that shares the key head), [C] keys near a tile.
 
 A program owns N tokens of one key head. As keys they gather FAI from the rows that look back at them, so every sum has
-one owner: no atomics, and two runs give the same bits. As rows they get WAAD from the few keys before them.
+one owner: no atomics, and two runs give the same bits. As rows they get WAAD from the few keys before them, since rows
+sum to one: what is not near lies W or further away.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bounds import NO_ROW
-from .tiles import LOG2E, cap, exponent, first_exponent, load_keys, load_rows
+from .tiles import LOG2E, advance, cap, exponent, load_tile
 
 
 @torch.library.custom_op("rlattn::band_statistics", mutates_args=())
@@ -25,38 +25,41 @@ def band_statistics(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
+    kept_lse: Tensor | None,
     first_key: Tensor,
-    last_row: Tensor,
+    keys_counted: Tensor,
+    rows_counted: Tensor,
     sinks: Tensor | None,
     *,
     scale: float,
-    waad_window: int | None,
+    waad_window: int,
     fai_low: int,
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """[3, Hq, T] fp32: FAI, WAAD and sink mass, 0 outside responses; arguments as in `attention_statistics`.
 
-    `first_key` and `last_row` [T] are those of `Bounds`. `lse` [Hq, T] fp32 normalises rows (nats); outside responses
-    it is not used. `waad_window` None computes FAI only, [1, Hq, T], so `lse` may leave out the sinks.
+    `first_key`, `keys_counted` and `rows_counted` [T] are those of `Bounds`. `lse` [Hq, T] fp32 normalises rows (nats);
+    outside responses it is not used. FAI's rows are normalised by `kept_lse` where sink tokens are left out of it.
     """
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = torch.empty(1 if waad_window is None else 3, heads, tokens, dtype=torch.float32, device=q.device)
+    out = torch.empty(3, heads, tokens, dtype=torch.float32, device=q.device)
     rows, keys, warps, stages = _tile(dim, q.element_size())
     padded_group = triton.next_power_of_2(group)
     step = max(1, rows // padded_group)
+    near = min(64, max(16, triton.next_power_of_2(step + waad_window)))
     band_kernel[(triton.cdiv(tokens, keys), kv_heads)](
         q,
         k,
         q if sinks is None else sinks,
         lse,
+        lse if kept_lse is None else kept_lse,
         first_key,
-        last_row,
-        out[0],
-        out[len(out) // 2],
-        out[-1],
+        keys_counted,
+        rows_counted,
+        *out,
         tokens,
         q.stride(0),
         q.stride(1),
@@ -70,14 +73,14 @@ def band_statistics(
         HEADS=padded_group,
         STEP=step,
         N=keys,
-        NEAR=min(64, max(16, triton.next_power_of_2(step + (waad_window or 1) - 1))),
-        SLOTS=max(16, step),
-        WAAD_WINDOW=waad_window or 0,
+        NEAR=near,
+        NEAR_TILES=triton.cdiv(step + waad_window, near),
+        WAAD_WINDOW=waad_window,
         FAI_LOW=fai_low,
         SLIDING_WINDOW=sliding_window or 0,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
-        NO_ROW=NO_ROW,
+        HAS_KEPT_LSE=kept_lse is not None,
         num_warps=warps,
         num_stages=stages,
     )
@@ -85,8 +88,8 @@ def band_statistics(
 
 
 @band_statistics.register_fake
-def _(q: Tensor, *_: Any, waad_window: int | None, **__: Any) -> Tensor:
-    return q.new_empty(1 if waad_window is None else 3, q.shape[1], q.shape[0], dtype=torch.float32)
+def _(q: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty(3, q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 def _tile(dim: int, element_bytes: int) -> tuple[int, int, int, int]:
@@ -102,8 +105,10 @@ def band_kernel(
     k,
     sinks,
     lse,
+    kept_lse,
     first_key,
-    last_row,
+    keys_counted,
+    rows_counted,
     fai_out,
     waad_out,
     sink_mass_out,
@@ -121,85 +126,114 @@ def band_kernel(
     STEP: tl.constexpr,
     N: tl.constexpr,
     NEAR: tl.constexpr,
-    SLOTS: tl.constexpr,
+    NEAR_TILES: tl.constexpr,
     WAAD_WINDOW: tl.constexpr,
     FAI_LOW: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    NO_ROW: tl.constexpr,
+    HAS_KEPT_LSE: tl.constexpr,
 ):
     """One block of tokens of one key head; see `band_statistics`. Every output of these tokens is written."""
     kv_head = tl.program_id(1)
     start = tl.program_id(0) * N
     own = start + tl.arange(0, N)
     inside = own < tokens
-    last = tl.load(last_row + own, mask=inside, other=-1)
-    stop = tl.max(last) + 1
-    count = tl.maximum(last - own - (FAI_LOW - 1), 0)  # rows in the mean
-    seen_rows = tl.minimum(count, max(SLIDING_WINDOW - FAI_LOW, 0)) if SLIDING_WINDOW > 0 else count
+    own_rows = tl.load(rows_counted + own, mask=inside, other=0)
+    stop = tl.max(tl.where(own_rows > 0, own + FAI_LOW + own_rows, 0))
     k += kv_head * stride_kh
-    keys = load_keys(k, start, stride_kt, tokens, DIM, BLOCK_D, N, True)
+    keys = load_tile(advance(k, start, stride_kt), tl.arange(0, N) * stride_kt, inside, DIM, BLOCK_D)
     factor = exponent(scale, HAS_SOFTCAP)
 
-    row = tl.arange(0, HEADS * STEP)  # rows of a tile: STEP positions of each head
+    row = tl.arange(0, HEADS * STEP)
     position = row % STEP
     in_group = row // STEP < GROUP
     head = kv_head * GROUP + row // STEP
+    q += kv_head * GROUP * stride_qh
+    offsets = position * stride_qt + row // STEP * stride_qh
     lse += head.to(tl.int64) * tokens
-    total = tl.zeros([HEADS * STEP, N], tl.float32)
+    kept_lse += head.to(tl.int64) * tokens
+    # Neighbouring rows of a head that one thread holds are added as they come.
+    FOLD: tl.constexpr = 2 if STEP % 16 == 0 else 1
+    total = tl.zeros([HEADS * STEP // (8 * FOLD), 8, N], tl.float32)
 
-    begin = start + FAI_LOW
-    if WAAD_WINDOW > 0:
-        begin = tl.minimum(start + N, tokens)
-        for n in range(start, begin, STEP):
-            t = n + position
-            valid = in_group & (t < begin)
-            rows = load_rows(q, t, head, stride_qt, stride_qh, valid, DIM, BLOCK_D)
-            level = tl.load(lse + t, mask=valid, other=float("inf")) * LOG2E
-            total += _looks_back(rows, keys, own, t, level, seen_rows, scale, softcap, factor, FAI_LOW, HAS_SOFTCAP)
-            first = tl.load(first_key + t, mask=valid, other=NO_ROW)
-            response = first != NO_ROW
-            reach = tl.maximum(tl.minimum(t - first + 1, WAAD_WINDOW), 0)  # distances below it count as near
-            if SLIDING_WINDOW > 0:
-                reach = tl.minimum(reach, SLIDING_WINDOW)
-            near = tl.zeros([HEADS * STEP], tl.float32)  # mass at these distances
-            near_waad = tl.zeros([HEADS * STEP], tl.float32)
-            for behind in range(n - (WAAD_WINDOW - 1), n + STEP, NEAR):
-                near_keys = load_keys(k, behind, stride_kt, tokens, DIM, BLOCK_D, NEAR, True)
-                x = cap(tl.dot(rows, near_keys.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-                distance = t[:, None] - (behind + tl.arange(0, NEAR))[None, :]
-                close = distance.to(tl.uint32, bitcast=True) < reach.to(tl.uint32, bitcast=True)[:, None]
-                p = tl.where(close, tl.exp2(x * factor - level[:, None]), 0.0)
-                tile_mass = tl.sum(p, 1)
-                offset = tl.sum(p * tl.arange(0, NEAR).to(tl.float32)[None, :], 1)
-                near += tile_mass
-                near_waad += (t - behind).to(tl.float32) * tile_mass - offset
-            # Rows sum to one, so what is not near lies W or further away; exactly nothing where no key is that far.
-            far = 1 - near
-            if HAS_SINKS:
-                far -= tl.exp2(tl.load(sinks + head, mask=in_group, other=0.0).to(tl.float32) * LOG2E - level)
-            far = tl.where(t - first < WAAD_WINDOW, 0.0, far)
-            slots = n + tl.arange(0, SLOTS)
-            firsts = tl.load(first_key + slots, mask=slots < tokens, other=NO_ROW)
-            on_first = first_exponent(
-                rows, k, firsts, position, stride_kt, scale, softcap, DIM, BLOCK_D, SLOTS, HAS_SOFTCAP, NO_ROW
+    own_stop = tl.minimum(start + N, tokens)
+    for n in range(start, own_stop, STEP):
+        t = n + position
+        valid = in_group & (t < own_stop)
+        rows = load_tile(advance(q, n, stride_qt), offsets, valid, DIM, BLOCK_D)
+        level = tl.load(lse + t, mask=valid, other=float("inf")) * LOG2E
+        kept_level = tl.load(kept_lse + t, mask=valid, other=float("inf")) * LOG2E if HAS_KEPT_LSE else level
+        counted = tl.load(keys_counted + t, mask=valid, other=0)
+        total += _looks_back(
+            rows,
+            keys,
+            t - start,
+            kept_level,
+            counted,
+            scale,
+            softcap,
+            factor,
+            FAI_LOW,
+            SLIDING_WINDOW,
+            HAS_SOFTCAP,
+            FOLD,
+        )
+
+        first = tl.load(first_key + t, mask=valid, other=-1)
+        reach = t - first  # to the sequence's first key; outside responses anything
+        seen = reach if SLIDING_WINDOW == 0 else tl.minimum(reach, SLIDING_WINDOW - 1)
+        has_far = seen >= WAAD_WINDOW
+        near_limit = tl.minimum(seen, WAAD_WINDOW - 1)
+        # Column 0 stands for the first key of the one sequence that may have begun before the near keys.
+        front = n - WAAD_WINDOW
+        first_column = tl.maximum(first - front, 0)
+        early = tl.load(first_key + n)
+        early = tl.where(early < 0, -1 - early, early)
+        # Rows sum to one: W - sum of p * (W - distance) over near keys, or with no key farther, sum of p * distance.
+        offset = t - front - tl.where(has_far, WAAD_WINDOW, 0)
+        waad = tl.zeros([HEADS * STEP, 8], tl.float32)
+        sink_mass = tl.zeros([HEADS * STEP, 8], tl.float32)
+        lane = tl.arange(0, 8)
+        for tile in tl.static_range(NEAR_TILES):
+            column = tile * NEAR + tl.arange(0, NEAR)
+            s = tl.where(column == 0, early, front + column)
+            near_keys = load_tile(k, s * stride_kt, (s >= 0) & (s < tokens), DIM, BLOCK_D)
+            x = cap(tl.dot(rows, near_keys.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+            p = tl.exp2(x * factor - level[:, None]).reshape(HEADS * STEP, NEAR // 8, 8)
+            eight = (tile * NEAR + 8 * tl.arange(0, NEAR // 8))[None, :, None]
+            distance = ((t - front)[:, None] - lane[None, :])[:, None, :] - eight
+            near = distance.to(tl.uint32, bitcast=True) <= near_limit.to(tl.uint32, bitcast=True)[:, None, None]
+            on_first = (first_column[:, None] - lane[None, :])[:, None, :] == eight
+            sink_mass += tl.sum(tl.where(on_first, p, 0.0), 1)
+            p = tl.where(near, p, 0.0)
+            waad += (offset[:, None] - lane[None, :]).to(tl.float32) * tl.sum(p, 1) - tl.sum(
+                p * eight.to(tl.float32), 1
             )
-            sink_mass = tl.exp2(on_first - level)
-            if SLIDING_WINDOW > 0:
-                sink_mass = tl.where(t - first < SLIDING_WINDOW, sink_mass, 0.0)
-                far = far if SLIDING_WINDOW > WAAD_WINDOW else 0.0 * far
-            at = head.to(tl.int64) * tokens + t
-            tl.store(waad_out + at, tl.where(response, near_waad + WAAD_WINDOW * far, 0.0), mask=valid)
-            tl.store(sink_mass_out + at, tl.where(response, sink_mass, 0.0), mask=valid)
-    for n in range(begin, stop, STEP):
+        on_sink = tl.sum(sink_mass, 1)
+        far = tl.full([HEADS * STEP], 1.0, tl.float32)
+        if HAS_SINKS:
+            far -= tl.exp2(tl.load(sinks + head, mask=in_group, other=0.0).to(tl.float32) * LOG2E - level)
+        reached = tl.sum(waad, 1) + tl.where(has_far, WAAD_WINDOW * far, 0.0)
+        if SLIDING_WINDOW > 0:
+            on_sink = tl.where(reach < SLIDING_WINDOW, on_sink, 0.0)
+        response = first >= 0
+        at = head.to(tl.int64) * tokens + t
+        tl.store(waad_out + at, tl.where(response, reached, 0.0), mask=valid)
+        tl.store(sink_mass_out + at, tl.where(response, on_sink, 0.0), mask=valid)
+
+    for n in range(own_stop, stop, STEP):
         t = n + position
         valid = in_group & (t < tokens)
-        rows = load_rows(q, t, head, stride_qt, stride_qh, valid, DIM, BLOCK_D)
-        level = tl.load(lse + t, mask=valid, other=float("inf")) * LOG2E
-        total += _looks_back(rows, keys, own, t, level, seen_rows, scale, softcap, factor, FAI_LOW, HAS_SOFTCAP)
+        rows = load_tile(advance(q, n, stride_qt), offsets, valid, DIM, BLOCK_D)
+        level = tl.load(kept_lse + t, mask=valid, other=float("inf")) * LOG2E
+        counted = tl.load(keys_counted + t, mask=valid, other=0)
+        total += _looks_back(
+            rows, keys, t - start, level, counted, scale, softcap, factor, FAI_LOW, SLIDING_WINDOW, HAS_SOFTCAP, FOLD
+        )
 
-    fai = tl.sum(total.reshape(HEADS, STEP, N), 1) / tl.maximum(count, 1).to(tl.float32)[None, :]
+    own_rows = tl.load(rows_counted + own, mask=inside, other=0)  # again: kept since the start it would fill registers
+    fai = tl.sum(total.reshape(HEADS, STEP // FOLD, N), 1) / tl.maximum(own_rows, 1).to(tl.float32)[None, :]
     heads = tl.arange(0, HEADS)
     at = (kv_head * GROUP + heads).to(tl.int64)[:, None] * tokens + own[None, :]
     tl.store(fai_out + at, fai, mask=(heads < GROUP)[:, None] & inside[None, :])
@@ -209,19 +243,31 @@ def band_kernel(
 def _looks_back(
     rows,
     keys,
-    own,
-    t,
+    ahead,
     level,
-    seen_rows,
+    counted,
     scale,
     softcap,
     factor,
     FAI_LOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    """[M, N] what each row gives to each key in whose FAI mean it counts."""
+    """[M / (8 FOLD), 8, N] what rows `ahead` [M] tokens of the first key give to the keys in whose FAI mean they count.
+
+    Of its keys from FAI_LOW back a row counts in the nearest `counted` [M].
+    """
+    M: tl.constexpr = rows.shape[0]
+    N: tl.constexpr = keys.shape[0]
     x = cap(tl.dot(rows, keys.T, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-    # One unsigned comparison: rows before own + FAI_LOW wrap around to far more than any count.
-    later = (t[:, None] - (own + FAI_LOW)[None, :]).to(tl.uint32, bitcast=True)
-    counted = later < seen_rows.to(tl.uint32, bitcast=True)[None, :]
-    return tl.where(counted, tl.exp2(x * factor - level[:, None]), 0.0)
+    if SLIDING_WINDOW > 0:
+        counted = tl.minimum(counted, max(SLIDING_WINDOW - FAI_LOW, 0))
+    p = tl.exp2(x * factor - level[:, None]).reshape(M, N // 8, 8)
+    # Columns as 8 a + c, as a thread holds all a of its c: what differs between its columns are constants.
+    back = ((ahead - FAI_LOW)[:, None] - tl.arange(0, 8)[None, :])[:, None, :] - (8 * tl.arange(0, N // 8))[
+        None, :, None
+    ]
+    # One unsigned comparison: nearer keys wrap around to far more than any count.
+    p = tl.where(back.to(tl.uint32, bitcast=True) < counted.to(tl.uint32, bitcast=True)[:, None, None], p, 0.0)
+    return tl.sum(p.reshape(M // (8 * FOLD), FOLD, 8, N), 1)

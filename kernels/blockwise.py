@@ -44,6 +44,8 @@ def blockwise_statistics(
     heads, kv_heads = q.shape[1], k.shape[1]
     elements = BLOCK_ELEMENTS.get(q.device.type, BLOCK_ELEMENTS["cpu"])
     given = [None] * len(layout.groups) if lse is None else layout.pad(lse.T)  # [b, n, Hq] each
+    # cuBLAS adds the products of a long fp32 row one after the other, and loses a digit that statistics should keep.
+    precise = torch.float64 if q.is_cuda and q.dtype == torch.float32 else torch.float32
     padded = []
     for group, q_group, k_group, lse_group in zip(layout.groups, layout.pad(q), layout.pad(k), given, strict=True):
         b, n = q_group.shape[:2]
@@ -55,10 +57,10 @@ def blockwise_statistics(
         out = torch.zeros(len(FIELDS), b, heads, n, device=q.device)
         for part in (slice(i, i + at_once) for i in range(0, b, at_once)):
             q_part = q_group[part].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [b, Hkv, G, n, D]
-            k_part = k_group[part].transpose(1, 2).flatten(0, 1).float()  # [b*Hkv, n, D]
+            k_part = k_group[part].transpose(1, 2).flatten(0, 1).to(precise)  # [b*Hkv, n, D]
             first = min(prompts[i] for i in group[part])  # rows before it are prompt in every sequence
             for row in range(first, layout.lengths[group[part][0]], m):
-                block = Block(row, q_part[..., row : row + m, :].float(), k_part, starts[part], lengths[part])
+                block = Block(row, q_part[..., row : row + m, :].to(precise), k_part, starts[part], lengths[part])
                 if lse_group is None:
                     _full_block(out[:, part], block, options, variant)
                 else:
@@ -78,7 +80,7 @@ def blockwise_statistics(
 
 @dataclass(frozen=True)
 class Block:
-    """Query rows from `row` of b sequences, q [b, Hkv, G, m, D], and all keys k [b*Hkv, n, D].
+    """Query rows from `row` of b sequences, q [b, Hkv, G, m, D], and all keys k [b*Hkv, n, D], fp32 or fp64.
 
     `starts` and `lengths` [b] say which rows are responses.
     """
@@ -107,13 +109,14 @@ class Block:
         hidden = distance < 0
         if variant.sliding_window is not None:
             hidden |= distance >= variant.sliding_window
-        bias = torch.zeros(hidden.shape, device=s.device).masked_fill_(hidden, HIDDEN)
+        bias = torch.zeros(hidden.shape, dtype=self.q.dtype, device=s.device).masked_fill_(hidden, HIDDEN)
         logits = torch.baddbmm(
             bias.repeat(group, 1).expand(b * kv_heads, -1, -1),
             self.q.reshape(b * kv_heads, group * m, -1),
             self.k[:, key : self.rows.stop].transpose(1, 2),
             alpha=variant.scale,
-        ).view(b, kv_heads * group, m, -1)
+        )
+        logits = logits.float().view(b, kv_heads * group, m, -1)
         if variant.softcap is not None:
             logits.div_(variant.softcap).tanh_().mul_(variant.softcap).masked_fill_(hidden, HIDDEN)
         return logits
@@ -121,7 +124,7 @@ class Block:
     def first_logits(self, variant: AttentionVariant) -> Tensor:
         """[b, Hq, m] fp32 against the sequence's first key, HIDDEN where a row may not see it."""
         first = self.k[:, 0].view(*self.q.shape[:2], 1, 1, -1)
-        logits = torch.linalg.vecdot(self.q, first).flatten(1, 2) * variant.scale
+        logits = torch.linalg.vecdot(self.q, first).float().flatten(1, 2) * variant.scale
         if variant.softcap is not None:
             logits = (logits / variant.softcap).tanh() * variant.softcap
         if variant.sliding_window is not None:

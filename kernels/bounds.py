@@ -1,4 +1,4 @@
-"""What each token of a packed batch may see and who counts it, as two integers a token, made once a batch.
+"""What each token of a packed batch may see and who counts it, as three integers a token, made once a batch.
 
 Shape legend: [T] tokens of the packed batch, [B] sequences.
 """
@@ -19,22 +19,22 @@ from .ragged import Offsets, as_ints
 if TYPE_CHECKING:
     from .statistics import StatisticsOptions
 
-NO_ROW = 2**31 - 1
-"""`first_key` of a token that is no response row."""
-
 
 @dataclass(frozen=True)
 class Bounds:
     """The reach of every token, indices in the packed batch; needs no sequence number, so kernels need no search.
 
     Attributes:
-        first_key: [T] int32, first token of row t's sequence; NO_ROW outside responses, whose rows are not measured.
-        last_row: [T] int32, last row in whose FAI mean key s counts, min(N-1, s + H_hi) in its sequence [Li 2026,
-            eq. 10]; -1 where there is none: outside responses, among the sequence's first `sink_tokens`, at its end.
+        first_key: [T] int32, first token f of token t's sequence; its complement -1 - f outside responses, whose rows
+            are not measured.
+        keys_counted: [T] int32, in how many keys' FAI mean row t counts: those from t - H_lo back to the farthest,
+            t - H_hi or the first response key behind the first `sink_tokens` [Li 2026, eq. 10].
+        rows_counted: [T] int32, how many rows count in key s's mean, |T(s)|: those from s + H_lo on.
     """
 
     first_key: Tensor
-    last_row: Tensor
+    keys_counted: Tensor
+    rows_counted: Tensor
 
 
 def bounds_of(
@@ -71,10 +71,12 @@ def _bounds(
     )  # [T] each
     token = torch.arange(offsets[-1], dtype=torch.int32)
     response = token >= start
-    last_row = end - 1 if fai_high is None else torch.minimum(end - 1, token + fai_high)
-    counted = response & (token - begin >= sink_tokens) & (last_row >= token + fai_low)
-    first_key = begin.where(response, NO_ROW)
-    last_row = last_row.where(counted, -1)
+    first_counted = torch.maximum(start, begin + sink_tokens)
+    keys = token - fai_low - first_counted + 1
+    rows = torch.where(token >= first_counted, end - token - fai_low, 0)
+    if fai_high is not None:
+        keys, rows = (x.clamp(max=fai_high - fai_low + 1) for x in (keys, rows))
+    bounds = begin.where(response, -1 - begin), keys.where(response, 0).clamp(min=0), rows.clamp(min=0)
     if device.type == "cuda":  # from pinned memory the copy is ordered on the stream and the host goes on
-        first_key, last_row = first_key.pin_memory(), last_row.pin_memory()
-    return Bounds(first_key.to(device, non_blocking=True), last_row.to(device, non_blocking=True))
+        bounds = tuple(x.pin_memory() for x in bounds)
+    return Bounds(*(x.to(device, torch.int32, non_blocking=True) for x in bounds))

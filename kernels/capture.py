@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from .statistics import AttentionStatistics, StatisticsOptions, attention_statis
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+LayerRange = Literal["middle", "bottom", "top", "all"]
 
 
 class Capture:
@@ -77,31 +80,57 @@ class Capture:
             )
 
 
-def middle_layers(num_layers: int, count: int = 5) -> list[int]:
-    """Up to `count` evenly spaced layers from floor(L/3) to floor(2L/3), both ends in [Li 2026, section 3].
+def spaced_layers(num_layers: int, count: int | None = 5, layer_range: LayerRange = "middle") -> list[int]:
+    """Up to `count` evenly spaced layers of a range, both ends in; None takes every layer of it.
 
-    Fewer where rounding makes two of them one.
+    `middle` reaches from floor(L/3) to floor(2L/3) [Li 2026, section 3]; `bottom` and `top` are the layers before and
+    after it (where there are none, the first and the last layer), `all` is every layer. Fewer where rounding makes two
+    of them one.
 
     Raises:
-        ValueError: either number is below 1.
+        ValueError: either number is below 1, or no such range.
     """
-    if num_layers < 1 or count < 1:
+    if num_layers < 1 or (count is not None and count < 1):
         raise ValueError(f"num_layers={num_layers} and count={count} must be at least 1")
-    low, high = num_layers // 3, 2 * num_layers // 3
+    low, high, last = num_layers // 3, 2 * num_layers // 3, num_layers - 1
+    ranges = {
+        "middle": (low, high),
+        "bottom": (0, max(low - 1, 0)),
+        "top": (min(high + 1, last), last),
+        "all": (0, last),
+    }
+    if layer_range not in ranges:
+        raise ValueError(f"layer_range={layer_range!r} must be one of {', '.join(ranges)}")
+    low, high = ranges[layer_range]
+    if count is None:
+        return list(range(low, high + 1))
     if count == 1:
         return [(low + high) // 2]
     return sorted({round(low + (high - low) * i / (count - 1)) for i in range(count)})
 
 
-def capture_layers(config: PretrainedConfig, count: int = 5) -> list[int]:
-    """The middle layers of a model, counting only full-attention layers where the config tells types apart.
+def capture_layers(
+    config: PretrainedConfig, layers: int | Sequence[int] | None = 5, layer_range: LayerRange = "middle"
+) -> list[int]:
+    """The layers of a model to capture, only full-attention layers where the config tells types apart.
+
+    Args:
+        config: the model's.
+        layers: how many evenly spaced layers of the range, which counts full-attention layers only, or None for all
+            of it; or the layers themselves, by the model's own numbers from 0.
+        layer_range: see `spaced_layers`; not used for layers that are given themselves.
 
     Raises:
-        ValueError: the model has no full-attention layer.
+        ValueError: the model has no full-attention layer, or not the layers given.
     """
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
     if not full:
         raise ValueError(f"the model has no full_attention layer to capture; layer_types: {sorted(set(types))}")
-    return [full[i] for i in middle_layers(len(full), count)]
+    if layers is None or isinstance(layers, int):
+        return [full[i] for i in spaced_layers(len(full), layers, layer_range)]
+    unknown = sorted(set(layers) - set(full))
+    if unknown or not layers:
+        raise ValueError(f"layers {unknown or layers} cannot be captured; the model's full_attention layers: {full}")
+    return sorted(set(layers))

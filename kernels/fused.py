@@ -13,17 +13,18 @@ from triton import knobs
 
 from .band import band_statistics
 from .bounds import Bounds
-from .full import FIELDS, full_statistics
+from .full import full_statistics
 
 if TYPE_CHECKING:
     from .statistics import AttentionVariant, StatisticsOptions
 
 MAX_DIM = 256
+INTERPRETED = knobs.runtime.interpret  # read once, as torch.compile cannot trace the reading
 
 
 def refusal(q: Tensor) -> str | None:
     """Why the kernels cannot take queries like these [T, Hq, D], or None."""
-    if not (q.is_cuda or knobs.runtime.interpret):
+    if not (q.is_cuda or INTERPRETED):
         return f"its kernels run on CUDA devices, not on {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its kernels take bfloat16, float16 or float32, not {q.dtype}"
@@ -45,7 +46,7 @@ def fused_statistics(
     Arguments as in `attention_statistics`, `bounds` as made by `bounds_of` for the same options. Made of torch
     operators alone, so it works inside torch.compile and CUDA graphs.
     """
-    if knobs.runtime.interpret and q.dtype == torch.bfloat16:
+    if INTERPRETED and q.dtype == torch.bfloat16:
         q, k = q.float(), k.float()  # the interpreter multiplies bfloat16 as the integers that hold it
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     logits: dict[str, Any] = {
@@ -53,18 +54,23 @@ def fused_statistics(
         "sliding_window": variant.sliding_window,
         "softcap": variant.softcap,
     }
-    low, window = options.fai_low, options.waad_window
-    if lse is not None:
-        fai, waad, sink_mass = band_statistics(
-            q, k, lse, bounds.first_key, bounds.last_row, variant.sinks, fai_low=low, waad_window=window, **logits
-        )
-        return {"lse": lse, "span": None, "waad": waad, "fai": fai, "entropy": None, "sink_mass": sink_mass}
-    rows = full_statistics(
-        q, k, bounds.first_key, variant.sinks, waad_window=window, sink_tokens=options.sink_tokens, **logits
+    extra: dict[str, Any] = {"span": None, "entropy": None}
+    kept_lse = None
+    if lse is None:
+        rows = full_statistics(q, k, bounds.first_key, variant.sinks, sink_tokens=options.sink_tokens, **logits)
+        lse, extra["span"], extra["entropy"] = rows[:3]
+        kept_lse = rows[3] if options.sink_tokens else None
+    fai, waad, sink_mass = band_statistics(
+        q,
+        k,
+        lse,
+        kept_lse,
+        bounds.first_key,
+        bounds.keys_counted,
+        bounds.rows_counted,
+        variant.sinks,
+        fai_low=options.fai_low,
+        waad_window=options.waad_window,
+        **logits,
     )
-    fields: dict[str, Any] = dict(zip(FIELDS, rows, strict=True))
-    norm = fields.pop("kept_lse")
-    (fields["fai"],) = band_statistics(
-        q, k, norm, bounds.first_key, bounds.last_row, None, fai_low=low, waad_window=None, **logits
-    )
-    return fields
+    return extra | {"lse": lse, "waad": waad, "fai": fai, "sink_mass": sink_mass}

@@ -83,7 +83,7 @@ class AttentionStatistics:
     a row with no key left counts as 0).
 
     Attributes:
-        lse: log of the row's sum of exp(logit), learned sinks among them, nats.
+        lse: log of the row's sum of exp(logit), learned sinks among them, nats; where it was given, as given.
         span: sum over s of A'[t, s] (t - s), tokens; its mean over R is the head's span [Li 2026, eq. 7].
         waad: sum over s of A[t, s] min(t - s, W), tokens [Li 2026, eq. 9].
         fai: of token s as a key, mean over t in T(s) of A'[t, s], T(s) = {t in R: s + H_lo <= t <= min(N-1, s + H_hi)};

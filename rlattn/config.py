@@ -8,6 +8,7 @@ what `--dry-run` prints is what runs.
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,11 +140,16 @@ class RolloutConfig(Section):
 class HeadsConfig(Section):
     """Which captured heads count as local-focused and which as global-focused [Li 2026, eq. 7-8]."""
 
+    select: Literal["span", "receiver", "all"] = "span"
+    """`span`: the lowest spans are local, the highest global. `receiver`: the global heads are those whose FAI is most
+    peaked, by kurtosis over a response's positions (receiver heads, arXiv 2506.19143), among those not local. `all`: no
+    groups, WAAD and FAI are means over every captured head (the paper's ablation)."""
     fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.3
-    """Share of heads in each group: the lowest spans are local, the highest global."""
+    """Share of the captured heads in each group."""
     scope: Literal["batch", "sequence", "calibrated"] = "batch"
-    """Spans pooled over every response row of the step's batch, or over each sequence's own; `calibrated` pools them as
-    `batch` does, but only every `refresh_steps` steps, and the steps between go without the pass that spans need."""
+    """Spans (and kurtosis) pooled over every response row of the step's batch, or over each sequence's own;
+    `calibrated` pools them as `batch` does, but only every `refresh_steps` steps, and the steps between go without the
+    pass that spans need."""
     refresh_steps: Annotated[int, Field(ge=1, le=10_000)] = 10
     """calibrated: groups are measured at step 0 and every so many steps, and reused in between."""
 
@@ -154,9 +160,14 @@ class SignalsConfig(Section):
     forward: Literal["score", "train"] = "score"
     """The forward that is captured. `score`: one before the update, which also gives the old log-probs. `train`: the
     update's own, before each micro-batch's loss, so that no scoring forward runs; for batches that take a single
-    optimizer step, with `heads.scope` calibrated (steps that measure the groups score first) or sequence."""
-    layers: Positive = 5
-    """Evenly spaced layers of the middle third [Li 2026, section 3]; fewer where the model has fewer there."""
+    optimizer step, with `heads.scope` calibrated (steps that measure the groups score first) or sequence, or with
+    `heads.select` all."""
+    layers: int | list[int] | None = 5
+    """How many evenly spaced layers of `layer_range`, fewer where the model has fewer there; null takes every one. Or a
+    list, such as [3, 7, 11]: these layers, counted from 0."""
+    layer_range: Literal["middle", "bottom", "top", "all"] = "middle"
+    """The middle third [Li 2026, section 3], the layers below it, those above it, or all. Of hybrid models only
+    full-attention layers count."""
     heads: HeadsConfig = HeadsConfig()
     """Head groups."""
     waad_window: Positive = 10
@@ -167,6 +178,25 @@ class SignalsConfig(Section):
     """H_hi of eq. 10, tokens; None reaches to the end of the response."""
     sink_tokens: Annotated[int, Field(ge=0)] = 0
     """First keys of a sequence left out of span and FAI, rows renormalised; 0 is the paper."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _which_layers(cls, layers: object) -> object:
+        numbers = layers if isinstance(layers, list) else [1 if layers is None else layers]
+        least = 0 if isinstance(layers, list) else 1
+        whole = bool(numbers) and all(type(number) is int and number >= least for number in numbers)
+        if not whole or any(a >= b for a, b in pairwise(numbers)):
+            raise ValueError("must be a number of layers, at least 1, null for all, or a rising list like [3, 7, 11]")
+        return layers
+
+    @model_validator(mode="after")
+    def _explicit(self) -> SignalsConfig:
+        if isinstance(self.layers, list) and self.layer_range != "middle":
+            raise ValueError(
+                f"layers={self.layers} names the layers, so layer_range={self.layer_range} has no effect; "
+                "leave layer_range out, or give a number of layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _band(self) -> SignalsConfig:
@@ -197,6 +227,13 @@ class CreditConfig(Section):
     tau_delta: Share | None = None
     """coupled_rhythm: quantile of the response's WAAD change at or above which it counts as a jump; None takes the
     smallest change inside TopQ(change, top_q)."""
+    position: Literal["even", "start", "end"] = "even"
+    """position: where in a response its budget lies, evenly spread, on the first tokens or on the last."""
+    selection_q: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """entropy_selection: share of a response's tokens that learn at all (arXiv 2506.01939: 0.2)."""
+    reweight_alpha: Share = 0.2
+    """reweight: weight of the token's probability, 0 is plain GRPO (the authors' script for this method alone has 0.2,
+    with Lopti's separate updates 0.3)."""
     normalize: bool = False
     """Divide gamma by its mean over the response, so that credit moves weight without adding any."""
 
@@ -367,7 +404,7 @@ class RunConfig(Section):
                 f"algorithm.num_iterations={iterations} times algorithm.steps_per_generation={steps}; set both to 1, "
                 "or signals.forward to score"
             )
-        if self.signals.heads.scope == "batch":
+        if self.signals.heads.scope == "batch" and self.signals.heads.select != "all":
             raise ValueError(
                 "signals.forward=train cannot have signals.heads.scope=batch, whose groups are known only after the "
                 "whole batch's forward; set the scope to calibrated or sequence, or signals.forward to score"

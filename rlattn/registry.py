@@ -44,7 +44,20 @@ def _files(package: str, *names: str) -> dict[str, str]:
 CREDIT = Registry(
     "credit strategy",
     "rlattn.credit",
-    _files("credit", "uniform", "random", "shuffled", "entropy", "local_chunk", "global_anchor", "coupled_rhythm"),
+    _files(
+        "credit",
+        "uniform",
+        "random",
+        "shuffled",
+        "position",
+        "entropy",
+        "entropy_selection",
+        "reweight",
+        "column_mean",
+        "local_chunk",
+        "global_anchor",
+        "coupled_rhythm",
+    ),
 )
 LOSSES = Registry("loss_type", "rlattn.losses", _files("losses", "grpo", "dr_grpo", "dapo", "bnpo"))
 TASKS = Registry(

@@ -9,7 +9,7 @@ groups are known beforehand, a micro-batch can be reduced on its own, before the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlattn.config import HeadsConfig, SignalsConfig
 from rlattn.credit.selection import select
-from rlattn.types import Rollouts, Signals
+from rlattn.types import ExtraSignal, Rollouts, Signals
 
 if TYPE_CHECKING:
     from rlattn.kernels import AttentionStatistics
@@ -38,7 +38,8 @@ class HeadSums:
     """Per-head statistics of a micro-batch, summed over each sequence's response rows.
 
     Attributes:
-        values: [1 or 3, L, H, b] fp64: sink mass and, where they were measured, span (tokens) and entropy (nats).
+        values: [1, 3 or 4, L, H, b] fp64: sink mass and, where they were measured, span (tokens), entropy (nats), and
+            the kurtosis of FAI, which is a sequence's and counts once for each of its rows.
         rows: [b] fp64, response rows of each sequence.
     """
 
@@ -50,9 +51,10 @@ class HeadSums:
 class HeadMeans:
     """Means of the same over the response rows of the whole batch: [L, H] fp32 on the CPU, equal on every rank."""
 
-    span: Tensor | None
-    entropy: Tensor | None
     sink_mass: Tensor
+    span: Tensor | None = None
+    entropy: Tensor | None = None
+    kurtosis: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ class SignalRows:
         response_starts: Tensor,
         *,
         spans: bool = True,
+        receivers: int | None = None,
     ) -> SignalRows:
         """From a micro-batch's statistics (layer -> each [H, t]), `cu_seqlens` [b+1] and `response_starts` [b].
 
         Without `spans`, span and entropy are left out even where they were measured (attention without a log-sum-exp
-        to give visits every key anyway), so that what a run reports does not depend on its device.
+        to give visits every key anyway), so that what a run reports does not depend on its device. With `receivers`,
+        H_lo of eq. 10, the kurtosis of FAI over each response's positions comes with them; the last H_lo, which no row
+        looks back at, are left out.
         """
         chosen = [statistics[layer] for layer in layers]
         lengths = cu_seqlens.diff().tolist()
@@ -98,20 +103,20 @@ class SignalRows:
             return torch.stack([part.sum(-1, dtype=torch.float64) for part in rows.split(lengths, -1)], -1)
 
         values = torch.stack([torch.stack([per_sequence(rows) for rows in kind]) for kind in kinds])
-        return cls(
-            waad=torch.stack([s.waad for s in chosen]),
-            fai=torch.stack([s.fai for s in chosen]),
-            lengths=lengths,
-            sums=HeadSums(values, (cu_seqlens[1:] - response_starts).to(values)),
-        )
+        fai = torch.stack([s.fai for s in chosen])  # [L, H, t]
+        rows = (cu_seqlens[1:] - response_starts).to(values)
+        if spans and receivers is not None:
+            bounds = zip(response_starts.tolist(), (cu_seqlens[1:] - receivers).tolist(), strict=True)
+            peaked = torch.stack([kurtosis(fai[..., start : max(start, end)]) for start, end in bounds], -1)
+            values = torch.cat([values, (peaked * rows)[None]])
+        return cls(torch.stack([s.waad for s in chosen]), fai, lengths, HeadSums(values, rows))
 
 
 @dataclass(frozen=True)
 class ReducedSignals:
-    """A rank's signals: `waad` and `fai` [t] fp32 on the CPU per micro-batch; `groups` [L, H] int8 as in `Signals`."""
+    """A rank's signals: `reduce_rows` of each micro-batch; `groups` [L, H] int8 as in `Signals`."""
 
-    waad: list[Tensor]
-    fai: list[Tensor]
+    columns: list[dict[str, Tensor]]
     means: HeadMeans
     groups: Tensor
 
@@ -131,17 +136,28 @@ def trains_in_one_forward(signals: SignalsConfig, groups: HeadGroups | None) -> 
     It cannot where the groups must be measured first: WAAD and FAI of the first micro-batch would need the last one's
     spans. Scope `sequence` needs no more than the sequence itself.
     """
-    return signals.forward == "train" and (groups is not None or signals.heads.scope == "sequence")
+    known = groups is not None or signals.heads.scope == "sequence" or signals.heads.select == "all"
+    return signals.forward == "train" and known
 
 
-def head_groups(span: Tensor, fraction: float) -> Tensor:
+def kurtosis(values: Tensor) -> Tensor:
+    """Fourth central moment over the squared second of [..., n], fp64; 0 where nothing varies or n is 0."""
+    values = values.double()
+    centred = values - values.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1)
+    return torch.where(variance > 0, centred.pow(4).mean(-1) / variance.square(), 0.0)
+
+
+def head_groups(span: Tensor, fraction: float, peaked: Tensor | None = None) -> Tensor:
     """Group heads by span: the lowest `fraction` are local-focused, the highest global-focused [Li 2026, eq. 8].
 
-    Ties go to the lower (layer, head), local first; no head is in both groups.
+    With `peaked`, the global ones are the highest of it among those that are not local. Ties go to the lower (layer,
+    head), local first; no head is in both groups.
 
     Args:
         span: [..., L, H], mean attention distance in tokens [Li 2026, eq. 7].
         fraction: share of the L*H heads in each group, rounded down, at least one head.
+        peaked: [..., L, H], the kurtosis of each head's FAI (receiver heads, arXiv 2506.19143).
 
     Returns:
         [..., L, H] int8, -1 local, +1 global, 0 neither.
@@ -160,7 +176,8 @@ def head_groups(span: Tensor, fraction: float) -> Tensor:
     count = max(1, floor(fraction * heads + 1e-9))
     groups = torch.zeros_like(flat, dtype=torch.int8)
     lowest = flat.argsort(dim=-1, stable=True)[..., :count]
-    rest = flat.scatter(-1, lowest, -torch.inf)
+    reach = flat if peaked is None else peaked.flatten(-2)
+    rest = reach.scatter(-1, lowest, -torch.inf)
     highest = rest.argsort(dim=-1, descending=True, stable=True)[..., :count]
     groups.scatter_(-1, lowest, LOCAL).scatter_(-1, highest, GLOBAL)
     return groups.view(span.shape)
@@ -181,38 +198,53 @@ def pool_heads(sums: Sequence[HeadSums], all_reduce: AllReduce | None = None) ->
     pooled = torch.cat([totals.flatten(), count[None]])
     if all_reduce is not None:
         all_reduce(pooled)
-    sink_mass, *others = (pooled[:-1] / pooled[-1].clamp(min=1)).view_as(totals).float().cpu()
-    span, entropy = others or (None, None)
-    return HeadMeans(span, entropy, sink_mass)
+    return HeadMeans(*(pooled[:-1] / pooled[-1].clamp(min=1)).view_as(totals).float().cpu())
 
 
 def groups_of(means: HeadMeans, heads: HeadsConfig, known: Tensor | None = None) -> Tensor:
-    """[L, H] int8, the batch's head groups: those `known`, else by its spans.
+    """[L, H] int8, the batch's head groups: those `known`, else by its spans and kurtosis; none with `select: all`.
 
     Raises:
-        ValueError: none are known and spans were not measured.
+        ValueError: none are known and what would make them was not measured.
     """
     if known is not None:
         return known
-    if means.span is None:
+    if heads.select == "all":
+        return torch.zeros_like(means.sink_mass, dtype=torch.int8)
+    return _grouped(means.span, means.kurtosis, heads)
+
+
+def _grouped(span: Tensor | None, peaked: Tensor | None, heads: HeadsConfig) -> Tensor:
+    if span is None:
         raise ValueError("head groups are neither given nor can they be made: spans were not measured")
-    return head_groups(means.span, heads.fraction)
+    if heads.select == "receiver" and peaked is None:
+        raise ValueError("signals.heads.select=receiver needs the kurtosis of FAI, which was not measured")
+    return head_groups(span, heads.fraction, peaked if heads.select == "receiver" else None)
 
 
-def reduce_rows(rows: SignalRows, heads: HeadsConfig, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """WAAD and FAI of one micro-batch, [t] fp32 on the CPU each [Li 2026, eq. 9-10].
+EXTRA: dict[ExtraSignal, Callable[[SignalRows], Tensor]] = {"fai_all": lambda rows: rows.fai.mean((0, 1))}  # -> [t]
 
-    `groups` is [L, H] int8, or None under scope `sequence`, whose sequences are grouped by their own spans.
+
+def reduce_rows(
+    rows: SignalRows, heads: HeadsConfig, groups: Tensor | None, extra: Collection[ExtraSignal] = ()
+) -> dict[str, Tensor]:
+    """`waad`, `fai` [Li 2026, eq. 9-10] and the `extra` signals of one micro-batch, [t] fp32 on the CPU each.
+
+    `groups` is [L, H] int8; None under scope `sequence`, whose sequences are grouped by their own spans, and where
+    `select` is `all`.
 
     Raises:
         ValueError: the groups, or the spans that scope `sequence` needs, are missing.
     """
-    if heads.scope == "sequence":
-        _, *others = rows.sums.values / rows.sums.rows.clamp(min=1)  # [L, H, b] each
-        if not others:
+    if heads.select == "all":
+
+        def reduce(values: Tensor, group: int) -> Tensor:
+            return values.mean((0, 1)).cpu()
+    elif heads.scope == "sequence":
+        if len(rows.sums.values) == 1:
             raise ValueError("signals.heads.scope=sequence needs spans, which were not measured")
-        spans = others[0].float().movedim(-1, 0)  # [b, L, H]
-        own = head_groups(spans, heads.fraction)
+        means = HeadMeans(*(rows.sums.values / rows.sums.rows.clamp(min=1)).float().movedim(-1, 1))  # [b, L, H] each
+        own = _grouped(means.span, means.kurtosis, heads)
 
         def reduce(values: Tensor, group: int) -> Tensor:
             parts = zip(values.split(rows.lengths, -1), own, strict=True)
@@ -225,7 +257,9 @@ def reduce_rows(rows: SignalRows, heads: HeadsConfig, groups: Tensor | None) -> 
         def reduce(values: Tensor, group: int) -> Tensor:
             return group_mean(values, shared, group).cpu()
 
-    return reduce(rows.waad, LOCAL), reduce(rows.fai, GLOBAL)
+    columns = {"waad": reduce(rows.waad, LOCAL), "fai": reduce(rows.fai, GLOBAL)}
+    columns.update((name, EXTRA[name](rows).cpu()) for name in extra)
+    return columns
 
 
 def reduce_signals(
@@ -233,15 +267,17 @@ def reduce_signals(
     heads: HeadsConfig,
     *,
     groups: Tensor | None = None,
+    extra: Collection[ExtraSignal] = (),
     all_reduce: AllReduce | None = None,
 ) -> ReducedSignals:
     """Group the heads and reduce this rank's rows to WAAD and FAI per token [Li 2026, eq. 7-10].
 
     Args:
         rows: this rank's micro-batches, at least one.
-        heads: `scope: batch` and `calibrated` group heads once, by spans pooled over the response rows of every rank;
-            `sequence` groups them for each sequence by its own.
+        heads: `scope: batch` and `calibrated` group heads once, by spans (and kurtosis) pooled over the response rows
+            of every rank; `sequence` groups them for each sequence by its own.
         groups: [L, H] int8, to use instead of grouping; the rows may then lack spans.
+        extra: further signals to reduce to, see `Signals`.
         all_reduce: adds a tensor over the ranks, in place; None on a single rank. Every rank must call this function.
 
     Returns:
@@ -249,8 +285,7 @@ def reduce_signals(
     """
     means = pool_heads([r.sums for r in rows], all_reduce)
     groups = groups_of(means, heads, groups)
-    reduced = [reduce_rows(r, heads, groups) for r in rows]
-    return ReducedSignals([waad for waad, _ in reduced], [fai for _, fai in reduced], means, groups)
+    return ReducedSignals([reduce_rows(r, heads, groups, extra) for r in rows], means, groups)
 
 
 def signal_metrics(signals: Signals, rollouts: Rollouts, previous_groups: HeadGroups | None = None) -> dict[str, float]:
@@ -276,8 +311,8 @@ def signal_metrics(signals: Signals, rollouts: Rollouts, previous_groups: HeadGr
         "signals/waad_mean": signals.waad[rollouts.response_mask].sum().item() / max(tokens, 1),
         "signals/fai_top_share": top / total if total else 0.0,
     }
-    if previous_groups is not None and signals.span is not None:
-        grouped = signals.groups != 0
+    grouped = signals.groups != 0
+    if previous_groups is not None and signals.span is not None and grouped.any():
         changed = signals.groups != torch.tensor(previous_groups)
         metrics["signals/head_turnover"] = changed[grouped].float().mean().item()
     for name, per_head in (("attention_entropy", signals.entropy), ("sink_mass", signals.sink_mass)):

@@ -8,13 +8,17 @@ the attention row whose query is token t, `fai[t]` what later rows give to token
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rlattn.problem import Problem
+
+ExtraSignal = Literal["fai_all"]  # measured only for a credit strategy that asks, see `rlattn.credit.needs`
+EXTRA_SIGNALS: tuple[ExtraSignal, ...] = get_args(ExtraSignal)
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,10 @@ class Signals:
             groups are those of an earlier step (scope `calibrated`).
         entropy: [L, H] fp32, mean attention entropy in nats over the same rows; None where span is.
         sink_mass: [L, H] fp32, mean attention on the first token over the same rows.
-        groups: [L, H] int8, -1 local, +1 global, 0 neither (scopes `batch` and `calibrated`; with `sequence`, each
-            sequence has its own and this is the pooled one, for display).
+        groups: [L, H] int8, -1 local, +1 global, 0 neither, or all 0 with `heads.select: all` (scopes `batch` and
+            `calibrated`; with `sequence`, each sequence has its own and this is the pooled one, for display).
+        extra: name -> [T] fp32, the extra signals that the credit strategy asked for. `fai_all`: FAI over every
+            captured head, whatever its group.
     """
 
     waad: Tensor
@@ -99,6 +105,7 @@ class Signals:
     entropy: Tensor | None
     sink_mass: Tensor
     groups: Tensor
+    extra: Mapping[ExtraSignal, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class GRPOTrainer:
                 scores = self.policy.score(rollouts, groups)
             with timer("credit"):
                 gamma, credit_metrics = credit.assign(
-                    rollouts, scores.signals, scores.entropy, advantage, config.credit, seed=config.seed, step=step
+                    rollouts, scores, advantage, config.credit, seed=config.seed, step=step
                 )
                 shaped = gamma * advantage[rollouts.sequence_ids]  # [T]
             with timer("update"):

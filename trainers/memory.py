@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rlattn.config import ConfigError, RunConfig
+from rlattn.trainers.model import captured_layers
 from rlattn.trainers.warmup import model_shape
 
 GIB = 1 << 30
@@ -49,6 +50,7 @@ def shape_of(config: RunConfig) -> PretrainedConfig:
 def estimate(config: RunConfig) -> MemoryEstimate:
     """Bytes per rank and engine for `config`. Activations are a rough upper bound; the rest is arithmetic."""
     shape = shape_of(config)
+    captured_layers(config.signals, shape)  # refuses what the run would refuse
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     policy, size = config.policy, 2 if config.model.dtype == "bfloat16" else 4

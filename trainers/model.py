@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rlattn.config import ConfigError, ModelConfig
-from rlattn.kernels import Capture, register
+from rlattn.config import ConfigError, ModelConfig, SignalsConfig
+from rlattn.kernels import Capture, capture_layers, register
 from rlattn.logprobs import token_logps
 from rlattn.trainers.packing import MicroBatch
 
@@ -64,6 +64,18 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"`model.path` = {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def captured_layers(signals: SignalsConfig, shape: PretrainedConfig) -> list[int]:
+    """The layers that `signals` captures of a model of this shape.
+
+    Raises:
+        ConfigError: the model lacks them.
+    """
+    try:
+        return capture_layers(shape, signals.layers, signals.layer_range)
+    except ValueError as error:
+        raise ConfigError(f"`signals.layers` = {signals.layers}: {error}") from None
 
 
 def check_model(shape: object) -> None:

@@ -41,6 +41,7 @@ class Policy:
         threads = {"OMP_NUM_THREADS": str(cpus), "OMP_WAIT_POLICY": "PASSIVE"}
         device = {} if gpus else {"DS_ACCELERATOR": "cpu"}
         self.names = [seat.name for seat in plan.policy]
+        self.extra = credit.needed(config.credit.name)  # here, so that ranks need not know a third party's strategy
         self.ranks: list[Any] = [
             ray.remote(PolicyWorker)
             .options(
@@ -49,7 +50,7 @@ class Policy:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
                 runtime_env={"env_vars": threads | device},
             )
-            .remote(config, rank)
+            .remote(config, rank, self.extra)
             for rank, seat in enumerate(plan.policy)
         ]
 
@@ -134,7 +135,14 @@ class Policy:
         whole = results[0]  # statistics over the batch are equal on every rank
         means = whole.means
         signals = Signals(
-            columns["waad"], columns["fai"], whole.layers, means.span, means.entropy, means.sink_mass, whole.groups
+            waad=columns["waad"],
+            fai=columns["fai"],
+            layers=whole.layers,
+            span=means.span,
+            entropy=means.entropy,
+            sink_mass=means.sink_mass,
+            groups=whole.groups,
+            extra={name: columns[name] for name in self.extra},
         )
         return Scores(columns["logps"], columns["entropy"], signals, columns.get("reference_logps")), columns
 

@@ -25,6 +25,8 @@ from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
 from rlattn.trainers.checkpoint import Checkpoints
 from rlattn.trainers.grpo import GRPOTrainer
+from rlattn.trainers.memory import shape_of
+from rlattn.trainers.model import captured_layers
 from rlattn.trainers.policy import Policy
 from rlattn.trainers.warmup import warmup
 from rlattn.verifiers.pool import VerifierPool
@@ -48,6 +50,7 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     """
     check_engine_args(config)
     local_cpus(config, plan(config))
+    captured_layers(config.signals, shape_of(config))
     task = load_task(config.task, config.task.seed)
     benchmarks = [load_task(named, named.seed, training=False) for named in config.trainer.eval_tasks]
     checkpoints = Checkpoints(config.output_dir.absolute() / "checkpoints", config.trainer.save_total_limit)

@@ -22,11 +22,12 @@ from transformers import get_scheduler
 
 from rlattn import credit
 from rlattn.config import PolicyConfig, RunConfig
-from rlattn.kernels import Capture, StatisticsOptions, capture_layers
+from rlattn.kernels import Capture, StatisticsOptions
 from rlattn.losses import kl_k3, policy_loss
 from rlattn.signals import HeadMeans, SignalRows, groups_of, pool_heads, reduce_rows, reduce_signals
-from rlattn.trainers.model import PolicyModel, load_model
+from rlattn.trainers.model import PolicyModel, captured_layers, load_model
 from rlattn.trainers.packing import MicroBatch
+from rlattn.types import ExtraSignal
 
 BUCKET_BYTES = 256 << 20  # what one gathered bucket of weights may hold on one rank
 
@@ -35,7 +36,8 @@ BUCKET_BYTES = 256 << 20  # what one gathered bucket of weights may hold on one 
 class ShardScores:
     """One rank's part of `rlattn.types.Scores`: per-token values by micro-batch [t], statistics of the whole batch.
 
-    Columns are `logps`, `entropy`, `waad`, `fai`; with a KL term `reference_logps`; and from `train` also `gamma`.
+    Columns are `logps`, `entropy`, `waad`, `fai` and the extra signals; with a KL term `reference_logps`; and from
+    `train` also `gamma`.
     """
 
     columns: list[dict[str, Tensor]]
@@ -45,10 +47,13 @@ class ShardScores:
 
 
 class PolicyWorker:
-    """Holds a shard of the policy, scores packed batches and takes optimizer steps on them."""
+    """Holds a shard of the policy, scores packed batches and takes optimizer steps on them.
 
-    def __init__(self, config: RunConfig, rank: int) -> None:
-        self.config, self.rank = config, rank
+    `extra` are the signals that the credit strategy needs beside WAAD and FAI.
+    """
+
+    def __init__(self, config: RunConfig, rank: int, extra: tuple[ExtraSignal, ...] = ()) -> None:
+        self.config, self.rank, self.extra = config, rank, extra
         self.world = config.policy.ranks
 
     def endpoint(self) -> str:
@@ -78,7 +83,8 @@ class PolicyWorker:
             self.engine.load_checkpoint(checkpoint, tag="optimizer")
         signals = self.config.signals
         self.options = StatisticsOptions(signals.waad_window, signals.fai_low, signals.fai_high, signals.sink_tokens)
-        self.layers = capture_layers(self.model.lm.config, signals.layers)
+        self.layers = captured_layers(signals, self.model.lm.config)
+        self.receivers = signals.fai_low if signals.heads.select == "receiver" else None
         self.reference = self._reference(reference_path) if self.config.algorithm.beta else None
 
     def score(self, shard: list[MicroBatch], groups: Tensor | None = None) -> ShardScores:
@@ -89,12 +95,9 @@ class PolicyWorker:
         self.engine.eval()
         with torch.no_grad():
             forwards = [self._measure(micro, spans=groups is None) for micro in shard]
-        rows = [own for _, _, own in forwards]
-        reduced = reduce_signals(rows, self.config.signals.heads, groups=groups, all_reduce=dist.all_reduce)
-        columns = [
-            part | {"waad": waad, "fai": fai}
-            for (_, part, _), waad, fai in zip(forwards, reduced.waad, reduced.fai, strict=True)
-        ]
+        rows, heads = [own for _, _, own in forwards], self.config.signals.heads
+        reduced = reduce_signals(rows, heads, groups=groups, extra=self.extra, all_reduce=dist.all_reduce)
+        columns = [part | signals for (_, part, _), signals in zip(forwards, reduced.columns, strict=True)]
         return ShardScores(columns, self.layers, reduced.means, reduced.groups)
 
     def update(self, mini_batches: list[list[MicroBatch]]) -> dict[str, float]:
@@ -119,7 +122,7 @@ class PolicyWorker:
         self.engine.train()
         for micro in micros:
             logps, part, rows = self._measure(micro, spans=groups is None)
-            part["waad"], part["fai"] = reduce_rows(rows, heads, groups)
+            part |= reduce_rows(rows, heads, groups, self.extra)
             part["gamma"], amplified = self._credit(micro, part, step)
             shaped = part["gamma"] * micro.columns["advantages"]
             given = micro.columns | part | {"advantages": shaped, "old_logps": part["logps"]}
@@ -138,7 +141,8 @@ class PolicyWorker:
         capture = Capture(self.layers, self.options, micro.response_starts, spans=spans)
         logps, entropy = self.engine(micro, capture=capture, with_entropy=True)
         columns |= {"logps": _spread(micro, logps), "entropy": _spread(micro, entropy)}
-        rows = SignalRows.collect(capture.statistics, self.layers, micro.cu_seqlens, micro.response_starts, spans=spans)
+        bounds = micro.cu_seqlens, micro.response_starts
+        rows = SignalRows.collect(capture.statistics, self.layers, *bounds, spans=spans, receivers=self.receivers)
         return logps, columns, rows
 
     def _credit(self, micro: MicroBatch, columns: dict[str, Tensor], step: int) -> tuple[Tensor, int]:
@@ -146,8 +150,7 @@ class PolicyWorker:
         starts, ends = micro.cu_seqlens[:-1], micro.cu_seqlens[1:]
         advantages = micro.columns["advantages"][starts]  # one a sequence, the same on all its tokens
         responses = credit.PackedResponses(micro.response_starts, ends, micro.sequences, advantages)
-        signals = columns["waad"], columns["fai"], columns["entropy"]
-        return credit.assign_packed(*signals, responses, self.config.credit, seed=self.config.seed, step=step)
+        return credit.assign_packed(columns, responses, self.config.credit, seed=self.config.seed, step=step)
 
     def _learn(self, micro: MicroBatch, logps: Tensor, columns: dict[str, Tensor], *, last: bool) -> dict[str, float]:
         """Backward of a micro-batch's loss and, after a mini-batch's `last`, the optimizer step; sums over its tokens.

@@ -8,9 +8,10 @@ any part of one, and both check what it returns. Third parties add one under the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rlattn import registry
 from rlattn.config import CreditConfig
-from rlattn.types import Rollouts, Signals
+from rlattn.types import EXTRA_SIGNALS, ExtraSignal, Rollouts, Scores
 
 
 class CreditError(ValueError):
@@ -33,13 +34,17 @@ class ResponseSignals:
         waad: [R] fp32, windowed average attention distance, tokens [Li 2026, eq. 9].
         fai: [R] fp32, future attention influence [Li 2026, eq. 10].
         entropy: [R] fp32, predictive entropy, nats.
+        logps: [R] fp32, log-probs of the sampled tokens before the update, nats.
         generator: the only source of randomness; seeded by (seed, step, sequence).
+        extra: name -> [R] fp32, the signals that the strategy declared with `needs`, and no others.
     """
 
     waad: Tensor
     fai: Tensor
     entropy: Tensor
+    logps: Tensor
     generator: torch.Generator
+    extra: Mapping[ExtraSignal, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,40 @@ class PackedResponses:
 
 
 Strategy = Callable[[ResponseSignals, CreditConfig], Tensor]  # -> gamma [R] fp32, finite and not negative
+AnyStrategy = TypeVar("AnyStrategy", bound=Strategy)
+
+ALWAYS = ("waad", "fai", "entropy", "logps")  # what every strategy is given
+
+
+def needs(*names: ExtraSignal) -> Callable[[AnyStrategy], AnyStrategy]:
+    """Decorator: the strategy reads these `extra` signals, which are otherwise not measured.
+
+    Raises:
+        ValueError: no such signal.
+    """
+    for name in names:
+        if name not in EXTRA_SIGNALS:
+            raise ValueError(f"no extra signal called {name!r}; known: {', '.join(EXTRA_SIGNALS)}")
+
+    def declare(strategy: AnyStrategy) -> AnyStrategy:
+        setattr(strategy, "needs", names)  # noqa: B010 (functions have no such attribute for a type checker)
+        return strategy
+
+    return declare
+
+
+def needed(name: str) -> tuple[ExtraSignal, ...]:
+    """The extra signals that the strategy `name` declared with `needs`."""
+    return _declared(registry.CREDIT.load(name))
+
+
+def _declared(strategy: Strategy) -> tuple[ExtraSignal, ...]:
+    return getattr(strategy, "needs", ())
 
 
 def assign(
     rollouts: Rollouts,
-    signals: Signals,
-    entropy: Tensor,
+    scores: Scores,
     advantages: Tensor,
     config: CreditConfig,
     *,
@@ -78,8 +111,7 @@ def assign(
 
     Args:
         rollouts: the batch.
-        signals: its attention signals.
-        entropy: [T] fp32, predictive entropy in nats.
+        scores: what the policy says about it.
         advantages: [B] fp32, read only for their sign. Zero counts as positive, as in the paper's first version
             (A >= 0); its gamma changes nothing but the metrics.
         config: strategy and options.
@@ -97,14 +129,14 @@ def assign(
     """
     starts, ends = rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths, rollouts.cu_seqlens[1:]
     responses = PackedResponses(starts, ends, range(len(ends)), advantages)
-    gamma, amplified = assign_packed(signals.waad, signals.fai, entropy, responses, config, seed=seed, step=step)
+    signals = scores.signals
+    columns = {"waad": signals.waad, "fai": signals.fai, "entropy": scores.entropy, "logps": scores.logps}
+    gamma, amplified = assign_packed(columns | {**signals.extra}, responses, config, seed=seed, step=step)
     return gamma, spending(gamma, rollouts.response_mask, amplified)
 
 
 def assign_packed(
-    waad: Tensor,
-    fai: Tensor,
-    entropy: Tensor,
+    columns: Mapping[str, Tensor],
     responses: PackedResponses,
     config: CreditConfig,
     *,
@@ -114,9 +146,7 @@ def assign_packed(
     """Gamma of some packed sequences, the same whatever else the batch holds: see `assign`.
 
     Args:
-        waad: [t] fp32.
-        fai: [t] fp32.
-        entropy: [t] fp32.
+        columns: name -> [t] fp32, at least `ALWAYS` and what the strategy `needs`.
         responses: where the responses lie among the t tokens.
         config: strategy and options.
         seed: of the run.
@@ -126,8 +156,9 @@ def assign_packed(
         gamma [t] fp32, and how many tokens it amplifies (before `normalize`).
     """
     tokens = int(responses.ends[-1])
-    _check_inputs(tokens, waad, fai, entropy, responses)
     strategy: Strategy = registry.CREDIT.load(config.name)
+    extra = _declared(strategy)
+    _check_inputs(tokens, columns, [*ALWAYS, *extra], responses, config.name)
     gamma = torch.ones(tokens, dtype=torch.float32)  # [t]
     amplified = 0
     bounds = zip(responses.starts.tolist(), responses.ends.tolist(), strict=True)
@@ -135,8 +166,23 @@ def assign_packed(
         if start == end or not _shaped(advantage, config):
             continue
         generator = torch.Generator().manual_seed(_mix(seed, step, i))
-        response = ResponseSignals(waad[start:end], fai[start:end], entropy[start:end], generator)
-        own = _checked(strategy(response, config), end - start, config.name, i)  # [R]
+        response = ResponseSignals(
+            waad=columns["waad"][start:end],
+            fai=columns["fai"][start:end],
+            entropy=columns["entropy"][start:end],
+            logps=columns["logps"][start:end],
+            generator=generator,
+            extra={name: columns[name][start:end] for name in extra},
+        )
+        try:
+            own = _checked(strategy(response, config), end - start, config.name, i)  # [R]
+        except KeyError as error:
+            name = error.args[0] if error.args else None
+            if name not in EXTRA_SIGNALS:
+                raise
+            raise CreditError(
+                f"credit strategy {config.name!r} reads {name!r} without declaring it; add @needs({name!r})"
+            ) from None
         amplified += int((own > 1).sum())
         gamma[start:end] = own / own.mean() if config.normalize else own
     if not gamma.isfinite().all():  # a mean of zero under `normalize`
@@ -155,13 +201,14 @@ def spending(gamma: Tensor, mask: Tensor, amplified: int) -> dict[str, float]:
     }
 
 
-def _check_inputs(tokens: int, waad: Tensor, fai: Tensor, entropy: Tensor, responses: PackedResponses) -> None:
-    for name, tensor, length in (
-        ("waad", waad, tokens),
-        ("fai", fai, tokens),
-        ("entropy", entropy, tokens),
-        ("advantages", responses.advantages, len(responses.ends)),
-    ):
+def _check_inputs(
+    tokens: int, columns: Mapping[str, Tensor], names: Sequence[str], responses: PackedResponses, strategy: str
+) -> None:
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise ValueError(f"credit strategy {strategy!r} needs {', '.join(missing)}, which were not measured")
+    checked = [(name, columns[name], tokens) for name in names]
+    for name, tensor, length in [*checked, ("advantages", responses.advantages, len(responses.ends))]:
         if tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this batch needs ({length},)")
         if not tensor.isfinite().all():

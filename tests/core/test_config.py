@@ -55,6 +55,15 @@ def test_training_may_capture_where_a_batch_takes_one_step(tmp_path, scope):
     assert load_config(path).signals.forward == "train"
 
 
+def test_training_may_capture_where_no_groups_are_needed():
+    assert load_config("countdown_grpo", ["signals={forward: train, heads: {select: all}}", "algorithm={}"])
+
+
+@pytest.mark.parametrize(("text", "layers"), [("7", 7), ("null", None), ("[0, 3]", [0, 3])])
+def test_ways_to_name_layers(text, layers):
+    assert load_config("quickstart", [f"signals.layers={text}"]).signals.layers == layers
+
+
 def test_the_resolved_config_reads_back_the_same(tmp_path):
     config = load_config(SHIPPED[0])
     path = tmp_path / "resolved.yaml"
@@ -87,6 +96,21 @@ def test_the_resolved_config_reads_back_the_same(tmp_path):
             ["signals.forward=train", "signals.heads.scope=sequence", "algorithm.num_iterations=3"],
             "not algorithm.num_iterations=3 times algorithm.steps_per_generation=1; set both to 1",
         ),
+        (
+            ["signals.layers=0"],
+            "`signals.layers` = 0: must be a number of layers, at least 1, null for all, or",
+        ),
+        (["signals.layers=true"], "`signals.layers` = True: must be a number of layers"),
+        (["signals.layers=middle"], "`signals.layers` = 'middle': must be a number of layers"),
+        (["signals.layers=[]"], "`signals.layers` = []: must be a number of layers"),
+        (["signals.layers=[3, 3]"], "`signals.layers` = [3, 3]: must be a number of layers"),
+        (["signals.layers=[-1, 3]"], "`signals.layers` = [-1, 3]: must be a number of layers"),
+        (["signals.layers=[1, 2]", "signals.layer_range=top"], "layer_range=top has no effect; leave layer_range out"),
+        (["signals.layer_range=upper"], "`signals.layer_range` = 'upper': input should be 'middle', 'bottom', 'top'"),
+        (["signals.heads.select=recievers"], "input should be 'span', 'receiver' or 'all'"),
+        (["credit.selection_q=0"], "`credit.selection_q` = 0: input should be greater than 0"),
+        (["credit.reweight_alpha=1.5"], "`credit.reweight_alpha` = 1.5: input should be less than or equal to 1"),
+        (["credit.position=middle"], "`credit.position` = 'middle': input should be 'even', 'start' or 'end'"),
         (["seed"], "is not of the form key=value"),
         (["seed=1", "seed.x=1"], "`seed` is a value, not a section"),
         (["credit.name=[1"], "override 'credit.name=[1'"),

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from rlattn import registry
 from rlattn.config import CreditConfig
-from rlattn.credit import CreditError, PackedResponses, ResponseSignals, assign, assign_packed, spending
+from rlattn.credit import CreditError, PackedResponses, ResponseSignals, assign, assign_packed, needed, needs, spending
 from rlattn.credit.selection import budget, select, waad_change
-from rlattn.types import Signals
+from rlattn.types import Scores, Signals
 from tests.make import make_rollouts
 
 NAMES = list(registry.CREDIT.builtin)
@@ -25,15 +26,18 @@ DETERMINISTIC = [name for name in NAMES if name not in ("random", "shuffled")]
 WAAD = [1, 5, 1, 1, 3, 3, 2, 2, 2, 9]
 FAI = [0, 0.1, 0.9, 0, 0.2, 0.1, 0.8, 0.7, 0, 0.6]
 ENTROPY = [0.5, 0.5, 0.5, 0.5, 0.5, 2, 1, 0, 0.5, 0.5]
+FAI_ALL = [0.9, 0.2, 0.3, 0, 0.2, 0.4, 0.2, 0.8, 0.1, 0]
+LOGPS = [0, 0, 0, 0, math.log(0.5), math.log(0.25), math.log(0.125), math.log(0.5), math.log(0.25), -200]
 
 
 config_of = cache(lambda name, **options: CreditConfig(name=name, **options))
 strategy = cache(registry.CREDIT.load)  # a look-up scans every installed distribution
 
 
-def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, seed=0, **options):
-    waad, fai, entropy = (torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy))
-    response = ResponseSignals(waad, fai, entropy, torch.Generator().manual_seed(seed))
+def gamma_of(name, waad=WAAD, fai=FAI, entropy=ENTROPY, logps=LOGPS, fai_all=FAI_ALL, seed=0, **options):
+    columns = [torch.tensor(x, dtype=torch.float32) for x in (waad, fai, entropy, logps)]
+    extra = {"fai_all": torch.tensor(fai_all, dtype=torch.float32)} if needed(name) else {}
+    response = ResponseSignals(*columns, torch.Generator().manual_seed(seed), extra)
     return strategy(name)(response, config_of(name, **options))
 
 
@@ -45,6 +49,17 @@ BY_HAND = [
     ("uniform", {}, {}),
     ("entropy", {}, {5: 1.5, 6: 1.5, 0: 1.5, 1: 1.5}),
     ("entropy", {"which": "bottom", "top_q": 0.2}, {7: 1.5, 0: 1.5}),
+    ("entropy_selection", {}, dict.fromkeys([0, 1, 2, 3, 4, 7, 8, 9], 0)),
+    ("entropy_selection", {"which": "bottom", "selection_q": 0.75}, {5: 0, 6: 0}),
+    ("reweight", {}, {4: 0.9, 5: 0.85, 6: 0.825, 7: 0.9, 8: 0.85, 9: 0.8}),
+    ("reweight", {"reweight_alpha": 1}, {4: 0.5, 5: 0.25, 6: 0.125, 7: 0.5, 8: 0.25, 9: 0}),
+    ("reweight", {"reweight_alpha": 0}, {}),
+    ("column_mean", {}, {0: 1.5, 2: 1.5, 5: 1.5, 7: 1.5}),
+    ("column_mean", {"which": "bottom", "top_q": 0.2}, {3: 1.5, 9: 1.5}),
+    ("position", {}, {0: 1.5, 2: 1.5, 5: 1.5, 7: 1.5}),
+    ("position", {"position": "start", "top_q": 0.25}, {0: 1.5, 1: 1.5, 2: 1.5}),
+    ("position", {"position": "end", "amplification": 2}, {6: 2, 7: 2, 8: 2, 9: 2}),
+    ("position", {"top_q": 1.0}, dict.fromkeys(range(10), 1.5)),
     ("local_chunk", {}, {0: 1.5, 1: 1.5, 3: 1.5, 8: 1.5}),
     ("local_chunk", {"top_q": 0.11, "amplification": 3}, {8: 3, 0: 3}),
     ("local_chunk", {"which": "bottom"}, {2: 1.5, 4: 1.5, 6: 1.5, 7: 1.5}),
@@ -198,16 +213,17 @@ def make_batch(responses=(30, 1, 0, 17, 44), prompts=None, seed=0):
     rollouts = make_rollouts(list(prompts or [3 + i for i in range(len(responses))]), list(responses))
     mask = rollouts.response_mask
     generator = torch.Generator().manual_seed(seed)
-    waad, fai, entropy = (torch.rand(len(mask), generator=generator) * mask for _ in range(3))
+    waad, fai, entropy, logps, fai_all = (torch.rand(len(mask), generator=generator) * mask for _ in range(5))
     heads = torch.zeros(1, 2)
-    return rollouts, Signals(waad, fai, [0], heads, heads, heads, heads.to(torch.int8)), entropy
+    signals = Signals(waad, fai, [0], heads, heads, heads, heads.to(torch.int8), {"fai_all": fai_all})
+    return rollouts, Scores(-logps, entropy, signals)
 
 
 def run(batch, advantages=None, seed=0, step=0, **options):
-    rollouts, signals, entropy = batch
+    rollouts, scores = batch
     if advantages is None:
         advantages = [1.0] * len(rollouts)
-    return assign(rollouts, signals, entropy, torch.tensor(advantages), CreditConfig(**options), seed=seed, step=step)
+    return assign(rollouts, scores, torch.tensor(advantages), CreditConfig(**options), seed=seed, step=step)
 
 
 def split(rollouts, gamma):
@@ -229,28 +245,31 @@ def test_batch_invariants(name):
     if name == "uniform":
         assert (gamma == 1).all()
         assert metrics == {"credit/amplified_share": 0, "credit/mean_gamma": 1}
+    elif name in ("entropy_selection", "reweight"):
+        assert metrics["credit/amplified_share"] == 0
     elif name not in ("coupled_rhythm", "shuffled"):
         assert metrics["credit/amplified_share"] == pytest.approx((12 + 1 + 0 + 7 + 18) / 92)
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_permuting_sequences_permutes_gammas(name):
-    rollouts, signals, entropy = make_batch()
+    rollouts, scores = make_batch()
     order = [3, 0, 4, 2, 1]
     pieces = [torch.arange(int(a), int(b)) for a, b in rollouts.cu_seqlens.unfold(0, 2, 1)]
     index = torch.cat([pieces[i] for i in order])
     moved = make_rollouts(rollouts.prompt_lengths[order].tolist(), rollouts.response_lengths[order].tolist())
-    other = Signals(
-        signals.waad[index], signals.fai[index], [0], signals.span, signals.span, signals.span, signals.groups
-    )
-    before = run((rollouts, signals, entropy), name=name)[0]
-    assert torch.equal(run((moved, other, entropy[index]), name=name)[0], before[index])
+    signals = scores.signals
+    extra = {name: column[index] for name, column in signals.extra.items()}
+    signals = replace(signals, waad=signals.waad[index], fai=signals.fai[index], extra=extra)
+    other = Scores(scores.logps[index], scores.entropy[index], signals)
+    before = run((rollouts, scores), name=name)[0]
+    assert torch.equal(run((moved, other), name=name)[0], before[index])
 
 
 @pytest.mark.parametrize("name", ["random", "shuffled"])
 def test_randomness_is_a_function_of_seed_step_and_sequence(name):
     batch = make_batch((40, 40), (2, 2))
-    signals = batch[1]
+    signals = batch[1].signals
     signals.waad[42 + 2 :], signals.fai[42 + 2 :] = signals.waad[2:42], signals.fai[2:42]  # two equal responses
     gamma = run(batch, name=name, seed=5, step=9)[0]
     assert torch.equal(gamma, run(batch, name=name, seed=5, step=9)[0])
@@ -259,12 +278,87 @@ def test_randomness_is_a_function_of_seed_step_and_sequence(name):
     assert not torch.equal(*split(batch[0], gamma))
 
 
+# --- budgets ---
+
+AMPLIFIES = ["random", "position", "entropy", "column_mean", "local_chunk", "global_anchor"]
+REPAYS = ["coupled_rhythm", "shuffled"]  # bonuses move and add; see the test
+SCALES_DOWN = ["entropy_selection", "reweight"]
+
+responses = st.tuples(st.integers(1, 120), st.integers(0, 10**6))  # length and seed
+shares = st.integers(1, 100).map(lambda percent: percent / 100)
+
+
+def random_response(length, seed):
+    """Random columns with many ties."""
+    draws = torch.randint(0, 12, (5, length), generator=torch.Generator().manual_seed(seed)) / 8
+    names = ("waad", "fai", "entropy", "logps", "fai_all")
+    return {name: (-draw if name == "logps" else draw).tolist() for name, draw in zip(names, draws, strict=True)}
+
+
+def test_every_strategy_has_its_budget_tested():
+    assert sorted(NAMES) == sorted([*AMPLIFIES, *REPAYS, *SCALES_DOWN, "uniform"])
+
+
+@given(responses, shares, st.sampled_from([1.5, 3.0]), st.sampled_from(["top", "bottom"]))
+@settings(max_examples=60, deadline=None)
+def test_baselines_spend_the_same_budget(response, q, g, which):
+    size = math.ceil(round(q * 100) * response[0] / 100)
+    for name in AMPLIFIES:
+        gamma = gamma_of(name, **random_response(*response), seed=response[1], top_q=q, amplification=g, which=which)
+        assert sorted(gamma.tolist()) == [1] * (response[0] - size) + [g] * size, name
+        assert (gamma - 1).sum().item() == size * (g - 1), name
+
+
+@given(responses, shares, st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_coupled_rhythm_spends_at_most_the_same_budget(response, q, alpha):
+    """A bonus that moves from anchors to a token that introduces several of them is paid once; α = 0 moves none."""
+    columns, size = random_response(*response), math.ceil(round(q * 100) * response[0] / 100)
+    spent, shuffled = (
+        (gamma_of(name, **columns, seed=response[1], top_q=q, alpha=alpha) - 1).sum().item() for name in REPAYS
+    )
+    assert shuffled == pytest.approx(spent)
+    assert size * 0.5 * (1 - alpha) - 1e-4 <= spent <= size * 0.5 + 1e-4
+    if alpha == 0:
+        assert spent == pytest.approx(size * 0.5)
+
+
+@given(responses, st.integers(1, 100))
+@settings(max_examples=60, deadline=None)
+def test_what_scales_down_states_its_own_budget_and_normalises_to_the_plain_weight(response, percent):
+    columns = random_response(*response)
+    selected = gamma_of("entropy_selection", **columns, selection_q=percent / 100)
+    assert selected.sum() == math.ceil(percent * response[0] / 100)
+    assert ((selected == 0) | (selected == 1)).all()
+    alpha = percent / 100
+    weights = gamma_of("reweight", **columns, reweight_alpha=alpha)
+    assert weights.sum().item() == pytest.approx(sum(alpha * math.exp(x) + 1 - alpha for x in columns["logps"]))
+    rollouts = make_rollouts([0], [response[0]])
+    given = {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+    whole = PackedResponses(rollouts.cu_seqlens[:-1], rollouts.cu_seqlens[1:], [0], torch.ones(1))
+    for name, plain in (("entropy_selection", selected), ("reweight", weights)):
+        config = CreditConfig(name=name, normalize=True, selection_q=alpha, reweight_alpha=alpha)
+        gamma, amplified = assign_packed(given, whole, config, seed=0, step=0)
+        assert gamma.sum().item() == pytest.approx(response[0], rel=1e-5)
+        torch.testing.assert_close(gamma, plain / plain.mean())
+        assert amplified == 0
+
+
+def test_position_gammas_depend_on_the_length_alone():
+    for place in ("even", "start", "end"):
+        gammas = [gamma_of("position", **random_response(31, seed), seed=seed, position=place) for seed in (1, 2)]
+        assert torch.equal(*gammas)
+    even = gamma_of("position", **random_response(997, 0)).gt(1).nonzero().flatten()
+    assert set(even.diff().tolist()) == {2, 3}  # 2.5 on average
+    assert even[0] == 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", [{}, {"sign": "negative"}, {"normalize": True}])
 def test_a_part_of_the_batch_gets_the_gammas_of_the_whole(name, options):
-    rollouts, signals, entropy = make_batch()
+    rollouts, scores = make_batch()
     advantages = torch.tensor([1.0, -1, 0, -2, 3])
-    whole, metrics = run((rollouts, signals, entropy), advantages.tolist(), seed=3, step=8, name=name, **options)
+    whole, metrics = run((rollouts, scores), advantages.tolist(), seed=3, step=8, name=name, **options)
     bounds = rollouts.cu_seqlens.tolist()
     total = 0
     for chosen in ([4, 0], [2], [1, 3]):
@@ -272,8 +366,10 @@ def test_a_part_of_the_batch_gets_the_gammas_of_the_whole(name, options):
         ends = rollouts.lengths[chosen].cumsum(0)
         starts = ends - rollouts.response_lengths[chosen]
         responses = PackedResponses(starts, ends, chosen, advantages[chosen])
-        columns = signals.waad[index], signals.fai[index], entropy[index]
-        gamma, amplified = assign_packed(*columns, responses, config_of(name, **options), seed=3, step=8)
+        signals = scores.signals
+        columns = {"waad": signals.waad, "fai": signals.fai, "entropy": scores.entropy, "logps": scores.logps}
+        columns = {name: column[index] for name, column in {**columns, **signals.extra}.items()}
+        gamma, amplified = assign_packed(columns, responses, config_of(name, **options), seed=3, step=8)
         assert torch.equal(gamma, whole[index])
         total += amplified
     assert spending(whole, rollouts.response_mask, total) == metrics
@@ -322,8 +418,9 @@ def test_only_empty_responses():
 def third_party(tmp_path, monkeypatch):
     """Installs a strategy as another distribution would: a module and an entry point."""
 
-    def install(body):
-        (tmp_path / "their_credit.py").write_text(f"import torch\n\ndef theirs(response, config):\n    return {body}\n")
+    def install(body, decorator=""):
+        head = f"import torch\nfrom rlattn.credit import needs\n\n{decorator}\ndef theirs(response, config):\n"
+        (tmp_path / "their_credit.py").write_text(f"{head}    return {body}\n")
         info = tmp_path / "their_credit-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-credit\nVersion: 1.0\n")
@@ -370,11 +467,37 @@ def test_zeros_cannot_be_normalised(third_party):
 
 
 def test_inputs_are_checked():
-    rollouts, signals, entropy = make_batch()
+    rollouts, scores = make_batch()
     with pytest.raises(ValueError, match=r"advantages has shape \(1,\); this batch needs \(5,\)"):
-        run((rollouts, signals, entropy), [1.0])
+        run((rollouts, scores), [1.0])
     with pytest.raises(ValueError, match="entropy has shape"):
-        run((rollouts, signals, entropy[:-1]))
-    signals.waad[-1] = torch.nan
+        run((rollouts, replace(scores, entropy=scores.entropy[:-1])))
+    scores.signals.waad[-1] = torch.nan
     with pytest.raises(ValueError, match="waad has values that are not finite"):
-        run((rollouts, signals, entropy))
+        run((rollouts, scores))
+
+
+# --- signals that only some strategies need ---
+
+
+def test_a_strategy_gets_the_extra_signals_it_declares_and_no_others(third_party):
+    third_party("response.extra['fai_all'] + response.logps.exp()", "@needs('fai_all')")
+    batch = make_batch()
+    rollouts, scores = batch
+    mask = rollouts.response_mask
+    assert needed("theirs") == ("fai_all",)
+    assert needed("uniform") == needed("coupled_rhythm") == ()
+    expected = scores.signals.extra["fai_all"] + scores.logps.exp()
+    assert torch.equal(run(batch, name="theirs")[0][mask], expected[mask])
+    without = replace(scores, signals=replace(scores.signals, extra={}))
+    with pytest.raises(ValueError, match="'theirs' needs fai_all, which were not measured"):
+        run((rollouts, without), name="theirs")
+    assert torch.equal(run((rollouts, without))[0], run(batch)[0])
+
+
+def test_an_undeclared_extra_signal_is_refused_by_name(third_party):
+    third_party("response.extra['fai_all']")
+    with pytest.raises(CreditError, match=r"'theirs' reads 'fai_all' without declaring it; add @needs\('fai_all'\)"):
+        run(make_batch(), name="theirs")
+    with pytest.raises(ValueError, match="no extra signal called 'fay_all'; known: fai_all"):
+        needs("fay_all")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kurtosis as kurtosis_of
 
 from rlattn.config import HeadsConfig, SignalsConfig
 from rlattn.kernels import AttentionStatistics
@@ -16,6 +17,7 @@ from rlattn.signals import (
     SignalRows,
     group_mean,
     head_groups,
+    kurtosis,
     reduce_rows,
     reduce_signals,
     reusable_groups,
@@ -106,7 +108,7 @@ def sequences():
     return [{layer: one(p, r) for layer in LAYERS} for p, r in zip(PROMPTS, RESPONSES, strict=True)]
 
 
-def rows_of(sequences, chosen, spans=True, missing=()):
+def rows_of(sequences, chosen, spans=True, missing=(), receivers=None):
     names = [name for name in sequences[0][LAYERS[0]] if name not in missing]
     statistics = {
         layer: AttentionStatistics(
@@ -118,13 +120,13 @@ def rows_of(sequences, chosen, spans=True, missing=()):
     lengths = torch.tensor([PROMPTS[i] + RESPONSES[i] for i in chosen])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     starts = cu_seqlens[:-1] + torch.tensor([PROMPTS[i] for i in chosen])
-    return SignalRows.collect(statistics, LAYERS, cu_seqlens, starts, spans=spans)
+    return SignalRows.collect(statistics, LAYERS, cu_seqlens, starts, spans=spans, receivers=receivers)
 
 
 def by_sequence(reduced, micros, name):
     found = {}
-    for values, chosen in zip(getattr(reduced, name), micros, strict=True):
-        found |= dict(zip(chosen, values.split([PROMPTS[i] + RESPONSES[i] for i in chosen]), strict=True))
+    for values, chosen in zip(reduced.columns, micros, strict=True):
+        found |= dict(zip(chosen, values[name].split([PROMPTS[i] + RESPONSES[i] for i in chosen]), strict=True))
     return found
 
 
@@ -152,13 +154,14 @@ def test_reduction_by_definition(sequences, scope):
         assert not waad[i][: PROMPTS[i]].any()
 
 
+@pytest.mark.parametrize("select", ["span", "receiver", "all"])
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("ranks", [[[[0, 1], [2, 3]]], [[[3, 0]], [[1, 2]]], [[[2], [1]], [[0], [3]]]])
-def test_cutting_changes_nothing(sequences, scope, ranks):
+def test_cutting_changes_nothing(sequences, scope, ranks, select):
     """`ranks` is [rank][micro-batch] -> sequences; the all-reduce is that of ranks that run one after another."""
-    heads = HeadsConfig(scope=scope)
-    whole = reduce_signals([rows_of(sequences, list(range(4)))], heads)
-    rows = [[rows_of(sequences, micro) for micro in micros] for micros in ranks]
+    heads = HeadsConfig(scope=scope, select=select)
+    whole = reduce_signals([rows_of(sequences, list(range(4)), receivers=FAI_LOW)], heads)
+    rows = [[rows_of(sequences, micro, receivers=FAI_LOW) for micro in micros] for micros in ranks]
     contributions = []
     for own in rows:
         reduce_signals(own, heads, all_reduce=lambda pooled: contributions.append(pooled.clone()))
@@ -169,6 +172,7 @@ def test_cutting_changes_nothing(sequences, scope, ranks):
     for own, micros in zip(rows, ranks, strict=True):
         reduced = reduce_signals(own, heads, all_reduce=all_reduce)
         torch.testing.assert_close(reduced.means.span, whole.means.span)
+        torch.testing.assert_close(reduced.means.kurtosis, whole.means.kurtosis)
         assert torch.equal(reduced.groups, whole.groups)
         for name in ("waad", "fai"):
             expected = by_sequence(whole, [list(range(4))], name)
@@ -176,10 +180,85 @@ def test_cutting_changes_nothing(sequences, scope, ranks):
                 assert torch.equal(values, expected[i])
 
 
+FAI_LOW = 2
+
+
+def kurtoses(sequences, chosen):
+    """[L, H], by scipy: over the positions of each response that some row looks back at, weighted by its rows."""
+    total = 0
+    for i in chosen:
+        seen = [sequences[i][layer]["fai"][:, PROMPTS[i] : PROMPTS[i] + RESPONSES[i] - FAI_LOW] for layer in LAYERS]
+        if seen[0].shape[1] > 1:
+            total = total + RESPONSES[i] * torch.tensor(kurtosis_of(torch.stack(seen).double(), -1, fisher=False))
+    return total / sum(RESPONSES[i] for i in chosen)
+
+
+def test_kurtosis_by_hand():
+    flat, peak = torch.full((8,), 0.3), torch.eye(8)[3]
+    # Deviations from 1/8, in eighths: 7 once and -1 seven times. Squares add to 56, fourth powers to 2408.
+    assert kurtosis(torch.stack([flat, peak])).tolist() == pytest.approx([0, (2408 / 8) / (56 / 8) ** 2])
+    assert kurtosis(torch.zeros(2, 0)).tolist() == [0, 0]
+    assert kurtosis(1e-6 * peak).item() == pytest.approx(kurtosis(peak).item())
+
+
+def test_receiver_heads_by_hand():
+    """The local heads are those of the spans; the most peaked of the others are global, however short their spans."""
+    span = torch.tensor([[5.0, 1.0, 9.0, 2.0, 7.0], [3.0, 8.0, 0.5, 6.0, 4.0]])
+    peaked = torch.tensor([[1.0, 99, 2, 3, 50], [40.0, 5, 6, 60, 1]])
+    assert head_groups(span, 0.3, peaked).tolist() == [[0, -1, 0, -1, 1], [1, 0, -1, 1, 0]]
+    assert torch.equal(head_groups(span, 0.3, span), head_groups(span, 0.3))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_receiver_heads_by_definition(sequences, scope):
+    everything = list(range(4))
+    heads = HeadsConfig(scope=scope, select="receiver")
+    reduced = reduce_signals([rows_of(sequences, everything, receivers=FAI_LOW)], heads)
+    torch.testing.assert_close(reduced.means.kurtosis, kurtoses(sequences, everything).float())
+    assert torch.equal(reduced.groups, head_groups(reduced.means.span, 0.3, reduced.means.kurtosis))
+    assert not torch.equal(reduced.groups, head_groups(reduced.means.span, 0.3))
+    found = by_sequence(reduced, [everything], "fai")
+    for i in (0, 3):  # responses of 6 and 9 tokens
+        own = head_groups(mean_over_responses(sequences, "span", [i]), 0.3, kurtoses(sequences, [i]))
+        groups = reduced.groups if scope == "batch" else own
+        chosen = [sequences[i][LAYERS[a]]["fai"][b] for a, b in (groups == GLOBAL).nonzero().tolist()]
+        torch.testing.assert_close(found[i], torch.stack(chosen).mean(0))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "calibrated"])
+def test_all_heads_need_no_groups(sequences, scope):
+    everything, heads = list(range(4)), HeadsConfig(scope=scope, select="all")
+    rows = [rows_of(sequences, everything, spans=False, missing=UNMEASURED)]
+    reduced = reduce_signals(rows, heads, extra=["fai_all"])
+    assert not reduced.groups.any()
+    assert reduced.groups.shape == (len(LAYERS), HEADS)
+    assert torch.equal(reduced.columns[0]["fai"], reduced.columns[0]["fai_all"])
+    for i, waad in by_sequence(reduced, [everything], "waad").items():
+        torch.testing.assert_close(waad, torch.cat([sequences[i][layer]["waad"] for layer in LAYERS]).mean(0))
+    again = reduce_signals(rows, heads, groups=reduced.groups)  # as scope `calibrated` does between measurements
+    assert torch.equal(again.columns[0]["waad"], reduced.columns[0]["waad"])
+
+
 def test_no_response_at_all_gives_zeros(sequences):
     reduced = reduce_signals([rows_of(sequences, [2])], HeadsConfig())
     assert not reduced.means.span.any()
-    assert reduced.waad[0].tolist() == [0]
+    assert reduced.columns[0]["waad"].tolist() == [0]
+
+
+def test_extra_signals_are_reduced_only_where_asked(sequences):
+    """`fai_all` is the mean over every captured head, in all scopes, with known groups too."""
+    expected = {i: torch.cat([one[layer]["fai"] for layer in LAYERS]).mean(0) for i, one in enumerate(sequences)}
+    groups = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, -1, -1]], dtype=torch.int8)
+    micros = [[3, 0], [1, 2]]
+    for scope, known in (("batch", None), ("sequence", None), ("calibrated", groups)):
+        rows, heads = [rows_of(sequences, micro) for micro in micros], HeadsConfig(scope=scope)
+        plain = reduce_signals(rows, heads, groups=known)
+        reduced = reduce_signals(rows, heads, groups=known, extra=["fai_all"])
+        assert [own.keys() for own in plain.columns] == [{"waad", "fai"}] * 2
+        for i, values in by_sequence(reduced, micros, "fai_all").items():
+            torch.testing.assert_close(values, expected[i])
+        for name in ("waad", "fai"):
+            assert all(torch.equal(a[name], b[name]) for a, b in zip(plain.columns, reduced.columns, strict=True))
 
 
 # --- groups that are known beforehand ---
@@ -202,16 +281,15 @@ def test_known_groups_replace_measured_ones(sequences):
         torch.testing.assert_close(found[0][i], sequences[i][LAYERS[1]]["waad"][3:].mean(0))
         torch.testing.assert_close(found[1][i], sequences[i][LAYERS[0]]["fai"][:2].mean(0))
     other = reduce_signals([rows_of(sequences, everything, spans=False, missing=UNMEASURED)], heads, groups=groups)
-    assert torch.equal(other.waad[0], torch.cat(reduced.waad))
-    assert torch.equal(other.fai[0], torch.cat(reduced.fai))
+    for name in ("waad", "fai"):
+        assert torch.equal(other.columns[0][name], torch.cat([own[name] for own in reduced.columns]))
 
 
 def test_calibrated_measures_as_batch_does(sequences):
     rows = [rows_of(sequences, [0, 1, 2, 3])]
     batch, calibrated = (reduce_signals(rows, HeadsConfig(scope=scope)) for scope in ("batch", "calibrated"))
     assert torch.equal(batch.groups, calibrated.groups)
-    assert torch.equal(batch.waad[0], calibrated.waad[0])
-    assert torch.equal(batch.fai[0], calibrated.fai[0])
+    assert all(torch.equal(column, calibrated.columns[0][name]) for name, column in batch.columns[0].items())
 
 
 def test_missing_spans_are_refused_where_they_are_needed(sequences):
@@ -222,6 +300,9 @@ def test_missing_spans_are_refused_where_they_are_needed(sequences):
         reduce_signals([without], HeadsConfig(scope="calibrated"))
     with pytest.raises(ValueError, match="scope=sequence needs spans"):
         reduce_rows(without, HeadsConfig(scope="sequence"), None)
+    for scope in ("batch", "sequence"):
+        with pytest.raises(ValueError, match="select=receiver needs the kurtosis of FAI"):
+            reduce_signals([rows_of(sequences, [0])], HeadsConfig(scope=scope, select="receiver"))
     with pytest.raises(ValueError, match="scope=calibrated needs the batch's head groups"):
         reduce_rows(without, HeadsConfig(scope="calibrated"), None)
 
@@ -244,6 +325,7 @@ def test_which_steps_need_no_scoring_forward():
         return trains_in_one_forward(SignalsConfig.model_validate(options), groups)
 
     calibrated, sequence = {"scope": "calibrated"}, {"scope": "sequence"}
+    assert one_forward(None, forward="train", heads={"select": "all"})
     assert one_forward([[1, -1]], forward="train", heads=calibrated)
     assert not one_forward(None, forward="train", heads=calibrated)
     assert one_forward(None, forward="train", heads=sequence)
@@ -288,6 +370,8 @@ def test_head_turnover_by_hand():
     changed[1][2] = -1  # was local, is global now
     changed[1][0] = 1  # was global, is in no group now: not counted
     assert signal_metrics(signals, rollouts, changed)["signals/head_turnover"] == 0.5
+    ungrouped = replace(signals, groups=torch.zeros_like(signals.groups))
+    assert "signals/head_turnover" not in signal_metrics(ungrouped, rollouts, [[0] * 3] * 2)
 
 
 def test_what_was_not_measured_is_not_logged():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlattn import kernels
-from rlattn.kernels import Capture, StatisticsOptions, capture_layers, middle_layers, packed_attention, register
+from rlattn.kernels import Capture, StatisticsOptions, capture_layers, packed_attention, register, spaced_layers
 from rlattn.kernels.reference import map_statistics
 
 MODELS = ["qwen3", "qwen2", "llama"]
@@ -223,7 +224,32 @@ def test_register_is_idempotent():
     ],
 )
 def test_middle_layers(num_layers, count, expected):
-    assert middle_layers(num_layers, count) == expected
+    assert spaced_layers(num_layers, count) == spaced_layers(num_layers, count, "middle") == expected
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "count", "layer_range", "expected"),
+    [
+        (36, 5, "bottom", [0, 3, 6, 8, 11]),
+        (36, 5, "top", [25, 28, 30, 32, 35]),
+        (36, 5, "all", [0, 9, 18, 26, 35]),
+        (36, None, "all", list(range(36))),
+        (36, None, "middle", list(range(12, 25))),
+        (6, 99, "top", [5]),
+        (2, 5, "bottom", [0]),
+        (2, 5, "top", [1]),
+        (1, None, "top", [0]),
+    ],
+)
+def test_other_ranges(num_layers, count, layer_range, expected):
+    assert spaced_layers(num_layers, count, layer_range) == expected
+
+
+@pytest.mark.parametrize("num_layers", range(3, 40))
+def test_the_ranges_are_the_whole_model(num_layers):
+    parts = [layer for name in ("bottom", "middle", "top") for layer in spaced_layers(num_layers, None, name)]
+    assert sorted(set(parts)) == spaced_layers(num_layers, None, "all")
+    assert num_layers == 3 or len(parts) == num_layers  # of three layers, the middle reaches to the last
 
 
 def test_capture_layers_counts_full_attention_only():
@@ -234,7 +260,22 @@ def test_capture_layers_counts_full_attention_only():
     with pytest.raises(ValueError, match="no full_attention layer to capture"):
         capture_layers(Qwen3Config(num_hidden_layers=2, layer_types=["linear_attention"] * 2))
     with pytest.raises(ValueError, match="count=0 must be at least 1"):
-        middle_layers(6, 0)
+        spaced_layers(6, 0)
+    with pytest.raises(ValueError, match="layer_range='upper' must be one of middle, bottom, top, all"):
+        spaced_layers(6, 2, "upper")
+
+
+def test_layers_by_number():
+    types = ["linear_attention", "full_attention"] * 3
+    hybrid = Qwen3Config(num_hidden_layers=6, layer_types=types)
+    assert capture_layers(hybrid, [1, 5]) == [1, 5]
+    assert capture_layers(hybrid, None, "all") == [1, 3, 5]
+    assert capture_layers(hybrid, 5, "top") == [5]
+    assert capture_layers(LlamaConfig(num_hidden_layers=4), [0, 3]) == [0, 3]
+    for layers, refused in (([1, 2, 6], "[2, 6]"), ([-1], "[-1]"), ([], "[]")):
+        message = re.escape(f"layers {refused} cannot be captured; the model's full_attention layers: [1, 3, 5]")
+        with pytest.raises(ValueError, match=message):
+            capture_layers(hybrid, layers)
 
 
 def test_refuses_the_name_kernels():

@@ -129,19 +129,14 @@ def test_operators_are_registered_properly(packed):
     bounds = bounds_of(batch.cu_seqlens, batch.response_starts, batch.q.device, options)
     logits = {"scale": 0.3, "sliding_window": None, "softcap": None}
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(
-        full_statistics,
-        (batch.q, batch.k, bounds.first_key, None),
-        {"waad_window": 10, "sink_tokens": 0, **logits},
-        test_utils=tests,
-    )
-    for window in (None, 10):
-        torch.library.opcheck(
-            band_statistics,
-            (batch.q, batch.k, torch.zeros(2, 29), bounds.first_key, bounds.last_row, torch.zeros(2)),
-            {"waad_window": window, "fai_low": 3, **logits},
-            test_utils=tests,
-        )
+    for sink_tokens in (0, 2):
+        arguments = (batch.q, batch.k, bounds.first_key, None)
+        torch.library.opcheck(full_statistics, arguments, {"sink_tokens": sink_tokens, **logits}, test_utils=tests)
+    for kept_lse in (None, torch.ones(2, 29)):
+        per_token = (bounds.first_key, bounds.keys_counted, bounds.rows_counted)
+        arguments = (batch.q, batch.k, torch.zeros(2, 29), kept_lse, *per_token, torch.zeros(2))
+        settings = {"waad_window": 10, "fai_low": 3, **logits}
+        torch.library.opcheck(band_statistics, arguments, settings, test_utils=tests)
 
 
 @pytest.mark.parametrize(

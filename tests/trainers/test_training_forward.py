@@ -24,13 +24,24 @@ pytestmark = pytest.mark.slow
 SEED, STEP = 5, 3
 
 
-def config(scope, forward="score", refresh_steps=10, ranks=1, stage=0, checkpointing=False, name="shuffled", beta=0.0):
+def config(
+    scope,
+    forward="score",
+    refresh_steps=10,
+    ranks=1,
+    stage=0,
+    checkpointing=False,
+    name="shuffled",
+    beta=0.0,
+    select="span",
+):
+    heads = {"scope": scope, "refresh_steps": refresh_steps, "select": select}
     return RunConfig.model_validate(
         {
             "seed": SEED,
             "model": {"dtype": "float32"},
             "rollout": {"max_prompt_length": 8, "max_completion_length": 24, "num_generations": 4},
-            "signals": {"forward": forward, "heads": {"scope": scope, "refresh_steps": refresh_steps}, "fai_low": 2},
+            "signals": {"forward": forward, "heads": heads, "fai_low": 2},
             "credit": {"name": name},
             "algorithm": {"beta": beta},
             "policy": {
@@ -83,8 +94,9 @@ def batch():
     [
         {"scope": "calibrated", "checkpointing": True, "stage": 2},
         {"scope": "sequence", "checkpointing": True, "ranks": 2, "stage": 3, "beta": 0.1},
+        {"scope": "calibrated", "select": "receiver", "name": "column_mean"},
     ],
-    ids=lambda options: options["scope"],
+    ids=lambda options: f"{options['scope']}-{options.get('name', 'shuffled')}",
 )
 def test_one_forward_does_what_two_do(model_path, batch, options):
     """`shuffled` credit: its gammas are coupled rhythm's, and show whether sequences keep their random streams."""
@@ -94,9 +106,7 @@ def test_one_forward_does_what_two_do(model_path, batch, options):
         measured = policy.score(rollouts)
         groups = measured.signals.groups.tolist() if options["scope"] == "calibrated" else None
         scores = policy.score(rollouts, groups)
-        gamma, spent = credit.assign(
-            rollouts, scores.signals, scores.entropy, advantage, settings.credit, seed=SEED, step=STEP
-        )
+        gamma, spent = credit.assign(rollouts, scores, advantage, settings.credit, seed=SEED, step=STEP)
         expected = policy.update(rollouts, scores, gamma * advantage[rollouts.sequence_ids], STEP)
         expected_weights = fetch_weights(policy.weights())
     with policy_of(settings, model_path) as policy:
@@ -113,6 +123,10 @@ def test_one_forward_does_what_two_do(model_path, batch, options):
         same(getattr(trained.scores, name), getattr(scores, name))
     for name in ("waad", "fai", "sink_mass", "groups"):
         same(getattr(trained.scores.signals, name), getattr(scores.signals, name))
+    assert scores.signals.extra.keys() == trained.scores.signals.extra.keys()
+    assert ("fai_all" in scores.signals.extra) == (options.get("name") == "column_mean")
+    for name, column in scores.signals.extra.items():
+        same(trained.scores.signals.extra[name], column)
     same(scores.signals.waad, measured.signals.waad)
     for signals in (scores.signals, trained.scores.signals):  # reused groups come without spans
         assert (signals.span is None) == (signals.entropy is None) == (groups is not None)
