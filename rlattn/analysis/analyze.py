@@ -62,7 +62,7 @@ def analyze(
 ) -> Analysis:
     """Measure, count, perturb; `context` is the model's longest sequence, tokens."""
     responses = list(responses)
-    chosen = selections(model.config, config.signals.layers)
+    chosen = selections(model.config, config.signals)
     with console.count("measuring attention", len(responses)) as step:
         measured = measure(model, responses, sorted({*chosen["all"], *chosen["signals"]}), config, step)
     with console.phase("peaks, couplings, intervals"):

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -40,6 +41,7 @@ class Target:
 def run(args: argparse.Namespace) -> None:
     """`rlattn analyze`."""
     started = time.monotonic()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy machine crawl: 16 s against 5
     target = of_run(Path(args.model)) if (Path(args.model) / "config.yaml").is_file() else _plain(args.model)
     config = settings(args, target)
     if config.task is None and args.responses is None:
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from rlattn.analysis.results import Info, check_folder, write_results
 
     check_folder(folder)
+    check_layers(source.path, config)
     with Console() as console:
         if args.responses is not None:
             given, problems, limit = _read(args.responses, source, config), [], 0
@@ -81,6 +84,22 @@ def run(args: argparse.Namespace) -> None:
         show(analysis, console)
         for name in ("analysis.html", "analysis.json", "responses.jsonl", "plots"):
             console.note(f"{name:<16}{folder / name}")
+
+
+def check_layers(path: str, config: AnalysisConfig) -> None:
+    """Refuse layers that the model does not have, before anything is generated.
+
+    Raises:
+        ConfigError: names them, and those it has.
+    """
+    from transformers import AutoConfig
+
+    from rlattn.analysis.layers import selections
+
+    try:
+        selections(AutoConfig.from_pretrained(path), config.signals)
+    except ValueError as error:
+        raise ConfigError(f"`signals.layers` = {config.signals.layers}: {error}") from None
 
 
 def of_run(folder: Path) -> Target:
@@ -153,9 +172,7 @@ def answer(
     prompts = encode_prompts(problems, source.tokenizer, source.context - 1)
     total = limit * len(writer.batches(prompts, limit))
     with console.count("answering", total) as step:
-        written = writer.write(
-            prompts, limit, temperature=config.generation.temperature, seed=config.seed, step=step
-        )
+        written = writer.write(prompts, limit, temperature=config.generation.temperature, seed=config.seed, step=step)
     texts = [prompt_text(problem, source.tokenizer) for problem in problems]
     return [
         Response(problem.id, text, prompt, ids)

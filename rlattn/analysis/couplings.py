@@ -100,8 +100,8 @@ def couplings(
     near = range(-config.coincide, config.coincide + 1)
     return [
         entropy_at_peaks(peaks, entropy, seed),
-        share("receiver FAI peak at a global FAI peak", receiver_sets(peaks), near, seed),
-        share("FAI peak at or after a WAAD peak", rhythm_sets(peaks), range(config.follow + 1), seed),
+        share("receiver at a global FAI peak", receiver_sets(peaks), near, seed),
+        share("FAI at or after a WAAD peak", rhythm_sets(peaks), range(config.follow + 1), seed),
     ]
 
 

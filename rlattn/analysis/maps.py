@@ -25,6 +25,7 @@ class MapCapture(Capture):
     def __init__(self, layers: list[int], groups: Tensor, start: int) -> None:
         super().__init__(layers, StatisticsOptions(), [start])
         self.groups = dict(zip(layers, groups, strict=True))  # layer -> [H]
+        self.ungrouped = not groups.any()  # `heads.select: all`: both means are over every head
         self.sums: dict[int, Tensor | None] = {LOCAL: None, GLOBAL: None}
 
     def takes_lse(self, layer: int) -> bool:
@@ -40,7 +41,7 @@ class MapCapture(Capture):
         distance = t[:, None] - t
         visible = (distance >= 0) & (distance < (window or n))
         for group in (LOCAL, GLOBAL):
-            for head in (self.groups[layer] == group).nonzero().squeeze(1).tolist():
+            for head in ((self.groups[layer] == group) | self.ungrouped).nonzero().squeeze(1).tolist():
                 key = k[:, head * k.shape[1] // q.shape[1]]
                 logits = (q[:, head].float() @ key.float().T * variant["scale"]).masked_fill(~visible, -torch.inf)
                 own, before = logits.softmax(-1), self.sums[group]
@@ -60,5 +61,5 @@ def mean_maps(
     for group in (LOCAL, GLOBAL):
         total = capture.sums[group]
         assert total is not None  # no group is empty
-        found.append((total / int((groups == group).sum())).cpu().numpy())
+        found.append((total / int(total[0, 0])).cpu().numpy())  # the first row of each head's map is a single 1
     return found[0], found[1]

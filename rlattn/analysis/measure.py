@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor
+from math import ceil
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlattn.analysis.config import AnalysisConfig
-from rlattn.analysis.peaks import fai_length
 from rlattn.analysis.responses import Response
 from rlattn.config import HeadsConfig, SignalsConfig
 from rlattn.kernels import Capture, StatisticsOptions, register
 from rlattn.logprobs import token_logps
-from rlattn.signals import HeadSums, SignalRows, group_mean, pool_heads, reduce_signals
+from rlattn.signals import GLOBAL, HeadSums, SignalRows, group_mean, head_groups, pool_heads, reduce_signals
 
 LOGITS_AT_ONCE = 1024  # tokens whose logits exist at one time
 
@@ -68,7 +66,8 @@ class Measured:
         span: [L, H] fp32, mean attention distance over every response row, tokens [Li 2026, eq. 7].
         attention_entropy: [L, H] fp32, nats, over the same rows.
         sink_mass: [L, H] fp32, mean attention on the first token.
-        kurtosis: [L, H] fp64, see `column_kurtosis`.
+        kurtosis: [L, H] fp32, of each head's FAI over a response's positions, mean over rows: few high columns among
+            many low ones make a receiver head [Bogdan et al., arXiv 2506.19143].
     """
 
     layers: list[int]
@@ -88,7 +87,7 @@ class Selected:
     Attributes:
         layers: l of them.
         groups: [l, H] int8, -1 local, +1 global, 0 neither.
-        receivers: [l, H] bool, the receiver heads.
+        receivers: [l, H] bool, the receiver heads: as many as are global, of highest kurtosis among those not local.
         waad: n arrays [R] fp32, of the local heads [Li 2026, eq. 9].
         fai: n arrays [R] fp32, of the global heads [Li 2026, eq. 10].
         receiver_fai: n arrays [R] fp32, the same mean over the receiver heads.
@@ -159,7 +158,14 @@ def measure(
     for batch in batches:
         capture = Capture(layers, options_of(config.signals), batch.response_starts)
         hidden = hidden_states(model, batch, capture)
-        rows.append(_on_cpu(SignalRows.collect(capture.statistics, layers, batch.cu_seqlens, batch.response_starts)))
+        own_rows = SignalRows.collect(
+            capture.statistics,
+            layers,
+            batch.cu_seqlens,
+            batch.response_starts,
+            receivers=config.signals.fai_low,
+        )
+        rows.append(_on_cpu(own_rows))
         chosen = torch.cat([torch.arange(span.start, span.stop) for span in batch.spans])
         _, own = token_logps(
             hidden[(chosen - 1).to(model.device)],  # the logits at t-1 draw token t
@@ -177,46 +183,9 @@ def measure(
     means = pool_heads([row.sums for row in rows])
     assert means.span is not None
     assert means.entropy is not None
-    return Measured(
-        layers,
-        batches,
-        rows,
-        entropy,
-        means.span.numpy(),
-        means.entropy.numpy(),
-        means.sink_mass.numpy(),
-        column_kurtosis(rows, batches, config.signals.fai_low),
-    )
-
-
-def column_kurtosis(rows: Sequence[SignalRows], batches: Sequence[Packed], fai_low: int) -> Array:
-    """[L, H] excess kurtosis of each head's FAI over a response's tokens, mean over responses.
-
-    FAI of a head is what its column holds below the diagonal, a mean over the rows that count; few high columns among
-    many low ones make a receiver head [Bogdan et al., arXiv 2506.19143]. Responses with fewer than four such columns,
-    or whose columns are all equal, say nothing and are left out.
-    """
-    found = []
-    for row, batch in zip(rows, batches, strict=True):
-        for span in batch.spans:
-            length = fai_length(span.stop - span.start, fai_low)
-            if length >= 4:
-                columns = row.fai[..., span.start : span.start + length].double().numpy()  # [L, H, length]
-                with np.errstate(invalid="ignore"):
-                    found.append(stats.kurtosis(columns, axis=-1) if np.ptp(columns) else columns[..., 0] * np.nan)
-    shape = rows[0].fai.shape[:2]
-    stacked = np.stack(found) if found else np.full((1, *shape), np.nan)
-    known = np.isfinite(stacked)
-    return np.where(known, stacked, 0).sum(0) / np.maximum(known.sum(0), 1)
-
-
-def receiver_heads(kurtosis: Array, fraction: float) -> NDArray[np.bool_]:
-    """[l, H], the share `fraction` of heads with the highest kurtosis: as many as are global-focused; ties as there."""
-    flat = kurtosis.ravel()
-    count = max(1, floor(fraction * len(flat) + 1e-9))
-    chosen = np.zeros(len(flat), dtype=bool)
-    chosen[np.argsort(-flat, kind="stable")[:count]] = True
-    return chosen.reshape(kurtosis.shape)
+    assert means.kurtosis is not None
+    arrays = (x.numpy() for x in (means.span, means.entropy, means.sink_mass, means.kurtosis))
+    return Measured(layers, batches, rows, entropy, *arrays)
 
 
 def reduce(measured: Measured, layers: Sequence[int], heads: HeadsConfig) -> Selected:
@@ -228,15 +197,15 @@ def reduce(measured: Measured, layers: Sequence[int], heads: HeadsConfig) -> Sel
     places = [measured.layers.index(layer) for layer in layers]
     chosen = [_layers(row, places) for row in measured.rows]
     reduced = reduce_signals(chosen, heads)
-    receivers = receiver_heads(measured.kurtosis[places], heads.fraction)
-    mask = torch.from_numpy(receivers).to(torch.int8)
-    received = [group_mean(row.fai, mask, 1) for row in chosen]
+    span, kurtosis = (torch.from_numpy(values[places]) for values in (measured.span, measured.kurtosis))
+    by_kurtosis = head_groups(span, heads.fraction, kurtosis)
+    received = [group_mean(row.fai, by_kurtosis, GLOBAL) for row in chosen]
     return Selected(
         list(layers),
         reduced.groups.numpy(),
-        receivers,
-        _responses(measured, reduced.waad),
-        _responses(measured, reduced.fai),
+        (by_kurtosis == GLOBAL).numpy(),
+        _responses(measured, [columns["waad"] for columns in reduced.columns]),
+        _responses(measured, [columns["fai"] for columns in reduced.columns]),
         _responses(measured, received),
     )
 

@@ -18,7 +18,18 @@ from rlattn.report import embed, short
 
 LIMIT = 16_000_000
 _PLACE = "__RLATTN_DATA__"
-_SHOWN = ("problem_id", "prompt", "tokens", "waad", "fai", "entropy", "waad_peaks", "fai_peaks", "fai_length", "branches")
+_SHOWN = (
+    "problem_id",
+    "prompt",
+    "tokens",
+    "waad",
+    "fai",
+    "entropy",
+    "waad_peaks",
+    "fai_peaks",
+    "fai_length",
+    "branches",
+)
 # matplotlib's inks (plots.py) to the page's own, so that a figure is dark where the page is.
 _INKS = {
     "#1b1d21": "var(--ink)",

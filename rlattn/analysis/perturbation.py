@@ -28,10 +28,12 @@ from rlattn.kernels import register
 
 WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?")
 STOP_WORDS = frozenset(
-    "a about after all also an and any are as at be because been but by can could did do does for from had has have he "
-    "her his how i if in into is it its just let me more my no not now of on one only or other our out over she should "
-    "since so some such than that the their them then there these they this those thus to too up us very was we were "
-    "what when where which while who will with would yes you your".split()
+    """
+    a about after all also an and any are as at be because been but by can could did do does for from had has have he
+    her his how i if in into is it its just let me more my no not now of on one only or other our out over she should
+    since so some such than that the their them then there these they this those thus to too up us very was we were
+    what when where which while who will with would yes you your
+    """.split()  # noqa: SIM905 - a list of a hundred quoted words reads worse
 )
 
 

@@ -20,7 +20,9 @@ WIDTH = 6.8  # inches, two columns
 INK, SOFT, RULE = "#1b1d21", "#5a6069", "#e1e1dc"
 LOCAL, GLOBAL, THIRD = "#1f5fae", "#c2570c", "#2f7d4f"
 # From nothing to an ink that reads on white and on black alike, so that one image serves both.
-HEAT = LinearSegmentedColormap.from_list("heat", [(0.85, 0.47, 0.02, 0.0), (0.85, 0.47, 0.02, 0.75), (0.60, 0.16, 0.10, 1)])
+AMBER = (0.90, 0.55, 0.10)
+HEAT = LinearSegmentedColormap.from_list("heat", [(*AMBER, 0.0), (0.85, 0.47, 0.02, 0.75), (0.60, 0.16, 0.10, 1)])
+GRID = LinearSegmentedColormap.from_list("grid", [(*AMBER, 0.03), (*AMBER, 0.85)])  # marks must read on it
 
 STYLE = {
     "svg.fonttype": "none",
@@ -78,7 +80,7 @@ def couplings(numbers: dict[str, Any]) -> Figure:
         rows = [own["couplings"][place] for own in chosen.values()]
         _against_chance(axes, rows, list(chosen), share=place > 0)
         axes.set_title(rows[0]["name"], fontsize=7.5)
-        axes.set_ylabel("nats" if place == 0 else "share of peaks")
+        axes.set_ylabel("nats" if place == 0 else "share of FAI peaks")
         axes.tick_params(axis="x", rotation=30)
     return _with_legend(figure)
 
@@ -114,7 +116,9 @@ def head_map(numbers: dict[str, Any]) -> Figure:
                 size = max(6.0, min(34.0, 900 / max(max(row["head"] for row in numbers["heads"]) + 1, len(layers))))
                 face = colour if inside else "none"
                 name = label if inside else f"{label}, grouped over all layers"
-                axes.scatter(x, y, s=size, marker=marker, facecolors=face, edgecolors=colour, linewidths=0.9, label=name)
+                axes.scatter(
+                    x, y, s=size, marker=marker, facecolors=face, edgecolors=colour, linewidths=0.9, label=name
+                )
     receivers = [
         (row["head"], layers.index(row["layer"]))
         for row in numbers["heads"]
@@ -123,7 +127,9 @@ def head_map(numbers: dict[str, Any]) -> Figure:
     if receivers:
         x, y = np.array(receivers).T
         size = max(30.0, min(150.0, 3000 / len(layers)))
-        axes.scatter(x, y, s=size, marker="o", facecolors="none", edgecolors=THIRD, linewidths=0.9, label="receiver head")
+        axes.scatter(
+            x, y, s=size, marker="o", facecolors="none", edgecolors=THIRD, linewidths=0.9, label="receiver head"
+        )
     for layer in listened:
         y = layers.index(layer)
         axes.plot([-0.5, -0.5], [y - 0.45, y + 0.45], color=INK, linewidth=3, solid_capstyle="butt", clip_on=False)
@@ -135,7 +141,7 @@ def sink_entropy(numbers: dict[str, Any]) -> Figure:
     """Mass on the first token and attention entropy of every head."""
     figure = _head_figure(numbers, 2)
     left, right = figure.subplots(1, 2)
-    _grid(figure, left, numbers, "sink_mass", "mass on the first token", top=1.0)
+    _grid(figure, left, numbers, "sink_mass", "mass on the first token")
     _grid(figure, right, numbers, "entropy", "attention entropy, nats")
     return figure
 
@@ -242,10 +248,10 @@ def _head_figure(numbers: dict[str, Any], panels: int) -> Figure:
     return Figure(figsize=(WIDTH, height + 1.0), layout="constrained")
 
 
-def _grid(figure: Figure, axes: Axes, numbers: dict[str, Any], key: str, label: str, top: float | None = None) -> None:
+def _grid(figure: Figure, axes: Axes, numbers: dict[str, Any], key: str, label: str) -> None:
     layers = _layers(numbers)
     values = np.array([row[key] for row in numbers["heads"]]).reshape(len(layers), -1)
-    image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=top, aspect="auto", interpolation="nearest", origin="lower")
+    image = axes.imshow(values, cmap=GRID, aspect="auto", interpolation="nearest", origin="lower")
     axes.set(xlabel="head", ylabel="layer")
     step = max(1, len(layers) // 12)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
@@ -267,5 +273,3 @@ def _save(name: str, make: Callable[[], Figure]) -> Plot:
         figure.savefig(png, format="png", dpi=300, facecolor="white")
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     return Plot(png.getvalue(), svg.getvalue())
-
-

@@ -74,7 +74,7 @@ def _responses(line: dict[str, Any], name: str, tokenizer: PreTrainedTokenizerBa
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     name = str(line.get("problem_id") or line.get("id") or name)
-    prompt = line["prompt"]
+    prompt = line["prompt"].encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, no file can
     prompt_ids = line["prompt_ids"] if "prompt_ids" in line else encode(prompt)
     if "token_ids" in line:
         answers = [line["token_ids"]]

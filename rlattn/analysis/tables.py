@@ -8,20 +8,19 @@ from rich.table import Table
 
 from rlattn.analysis.analyze import Analysis
 from rlattn.analysis.bootstrap import Interval
-from rlattn.analysis.layers import SELECTIONS
 from rlattn.console import Console
 
 
 def show(analysis: Analysis, console: Console) -> None:
     """Couplings by layers, and the perturbation study."""
-    table = Table(title="couplings (95% intervals over responses)", box=None, title_justify="left", pad_edge=False)
-    for name in ("layers", "coupling", "observed", "chance", "lift"):
-        table.add_column(name, justify="left" if name in ("layers", "coupling") else "right")
+    table = Table(title="couplings", box=None, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("layers", "what goes together", "observed", "chance", "lift [95%]"):
+        table.add_column(name, justify="left" if name[0] in "lw" and "[" not in name else "right", no_wrap=True)
     for name, rows in analysis.couplings.items():
         for i, row in enumerate(rows):
             share = not row.name.startswith("entropy")
-            cells = [_cell(x, share) for x in (row.observed, row.chance)]
-            table.add_row(SELECTIONS[name] if i == 0 else "", row.name, *cells, _cell(row.lift, False))
+            shown = [_value(x.value, share) for x in (row.observed, row.chance)]
+            table.add_row(name if i == 0 else "", row.name, *shown, _cell(row.lift, "{:.2f}"))
     console.show(table)
     if result := analysis.perturbation:
         console.note(
@@ -31,8 +30,9 @@ def show(analysis: Analysis, console: Console) -> None:
         )
 
 
-def _cell(x: Interval, percent: bool = False) -> str:
-    if not isfinite(x.value):
-        return "–"
-    form = "{:.1%}" if percent else "{:.3f}"
-    return f"{form.format(x.value)} [{form.format(x.low)}, {form.format(x.high)}]"
+def _value(x: float, percent: bool) -> str:
+    return (f"{x:.1%}" if percent else f"{x:.3f}") if isfinite(x) else "–"
+
+
+def _cell(x: Interval, form: str = "{:.3f}") -> str:
+    return f"{form.format(x.value)} [{form.format(x.low)}, {form.format(x.high)}]" if isfinite(x.value) else "–"
