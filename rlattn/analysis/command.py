@@ -60,11 +60,12 @@ def run(args: argparse.Namespace) -> None:
     check_layers(source.path, config)
     with Console() as console:
         if args.responses is not None:
-            given, problems, limit = _read(args.responses, source, config), [], 0
+            responses = _read(args.responses, source, config)
+            writer = load(config, source, console)
         else:
-            given, (problems, limit) = [], _problems(config, source, console)
-        writer = load(config, source, console)
-        responses = given or answer(problems, writer, source, config, limit, console)
+            problems, limit = _problems(config, source, console)
+            writer = load(config, source, console)
+            responses = answer(problems, writer, source, config, limit, console)
         analysis = analyze(writer.model, source.tokenizer, writer, responses, config, source.context, console)
         info = Info(
             name=target.name,
@@ -156,7 +157,9 @@ def load(config: AnalysisConfig, source: ModelSource, console: Console) -> Write
     gpu = torch.cuda.is_available()
     dtype = config.dtype or ("bfloat16" if gpu else "float32")
     with console.phase("loading the model"):
-        model = load_model(ModelConfig(dtype=dtype), source.path).to("cuda" if gpu else "cpu").eval()
+        model = load_model(ModelConfig(dtype=dtype), source.path).eval()
+        if gpu:
+            model.cuda()
     end = model.generation_config.eos_token_id if model.generation_config else None
     ends = {*(end if isinstance(end, list) else [end]), source.tokenizer.eos_token_id} - {None}
     return Writer(model, ends, config.tokens_per_batch)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlattn.analysis.bootstrap import Interval, interval, ratio
+from rlattn.analysis.bootstrap import Interval, Sums, interval, ratio
 from rlattn.analysis.config import PeaksConfig
 from rlattn.analysis.measure import Array, Selected
 from rlattn.analysis.peaks import Positions, fai_length, peaks_of
@@ -117,7 +117,7 @@ def entropy_at_peaks(peaks: Sequence[ResponsePeaks], entropy: Sequence[Array], s
     return Coupling("entropy at WAAD peaks", at, all_, lift, int(columns[1].sum()))
 
 
-_ENTROPY: tuple[Callable[[Array], Array], ...] = (
+_ENTROPY: tuple[Callable[[Sums], Sums], ...] = (
     lambda s: s[0] / s[1],
     lambda s: s[2] / s[3],
     lambda s: (s[0] / s[1]) / (s[2] / s[3]),

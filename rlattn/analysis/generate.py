@@ -7,6 +7,7 @@ type and device answer whose attention is then measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Writer:
         `step` is called `max_tokens` times a batch, as its tokens are made.
         """
         self.model.set_attn_implementation("sdpa")
+        generate: Any = self.model.generate  # a mixin that PreTrainedModel's type lacks
         done: list[list[int]] = [[] for _ in prefixes]
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -65,7 +67,7 @@ class Writer:
                     mask[row, width - len(prefixes[i]) :] = 1
                 ticks = _Ticks(step, max_tokens)
                 sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-                out = self.model.generate(
+                out = generate(
                     ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     max_new_tokens=max_tokens,
@@ -88,7 +90,7 @@ class _Ticks(StoppingCriteria):
     def __init__(self, step: Callable[[], None], total: int) -> None:
         self.step, self.left = step, total
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         self.left -= 1
         self.step()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -14,7 +14,7 @@ def head_table(measured: Measured, selected: dict[str, Selected]) -> list[dict[s
     rows = []
     for i, layer in enumerate(measured.layers):
         for head in range(measured.span.shape[1]):
-            row = {
+            row: dict[str, Any] = {
                 "layer": layer,
                 "head": head,
                 "span": float(measured.span[i, head]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -67,8 +68,8 @@ def draw(analysis: Analysis, numbers: dict[str, Any]) -> dict[str, Plot]:
     if analysis.perturbation:
         makers["perturbation"] = lambda: perturbation(numbers["perturbation"])
     for place, i in enumerate(analysis.maps, 1):
-        makers[f"maps_{place}"] = lambda i=i: maps(analysis, i)
-        makers[f"curves_{place}"] = lambda i=i: curves(analysis, i)
+        makers[f"maps_{place}"] = partial(maps, analysis, i)
+        makers[f"curves_{place}"] = partial(curves, analysis, i)
     return {name: _save(name, make) for name, make in makers.items()}
 
 
@@ -89,7 +90,7 @@ def alignment(numbers: dict[str, Any]) -> Figure:
     """The same for the partner's place, over the layers that training listens to."""
     figure = Figure(figsize=(WIDTH * 0.72, 2.2), layout="constrained")
     pairs = numbers["selections"]["signals"]["alignment"]
-    for (pair, rows), axes in zip(pairs.items(), np.ravel(figure.subplots(1, 2, sharey=True)), strict=True):
+    for (pair, rows), axes in zip(pairs.items(), np.ravel(figure.subplots(1, 2)), strict=True):
         _against_chance(axes, rows, [row["name"] for row in rows], share=True)
         axes.set_title(pair, fontsize=7.5)
     return _with_legend(figure)
@@ -171,7 +172,7 @@ def perturbation(result: dict[str, Any]) -> Figure:
 
 def maps(analysis: Analysis, i: int) -> Figure:
     """Ā_loc and Ā_glob of one response; lines where the response begins."""
-    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     prompt = len(analysis.responses[i].prompt_ids)
     titles = ("Ā_loc, local-focused heads", "Ā_glob, global-focused heads")
     for axes, own, title in zip(figure.subplots(1, 2, sharey=True), analysis.maps[i], titles, strict=True):
@@ -181,7 +182,7 @@ def maps(analysis: Analysis, i: int) -> Figure:
             for line in (axes.axhline, axes.axvline):
                 line(prompt - 0.5, color=SOFT, linewidth=0.6, linestyle=(0, (2, 3)))
         axes.set(title=title, xlabel="key: token looked at")
-        _colorbar(figure, image, axes, "attention")
+        _colorbar(figure, image, axes, "attention", 0.7)
     figure.axes[0].set_ylabel("query: token looking")
     return figure
 
@@ -259,11 +260,11 @@ def _grid(figure: Figure, axes: Axes, numbers: dict[str, Any], key: str, label: 
     _colorbar(figure, image, axes, label)
 
 
-def _colorbar(figure: Figure, image: Any, axes: Axes, label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+def _colorbar(figure: Figure, image: Any, axes: Axes, label: str, shrink: float = 0.9) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=shrink, pad=0.02)
     bar.set_label(label)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.solids.set(edgecolor="face", alpha=None)  # type: ignore[union-attr]
+    bar.outline.set_visible(False)
+    bar.solids.set(edgecolor="none", rasterized=True)  # as shapes, seams would show
 
 
 def _save(name: str, make: Callable[[], Figure]) -> Plot:
