@@ -76,7 +76,7 @@ def _bounds(
     rows = torch.where(token >= first_counted, end - token - fai_low, 0)
     if fai_high is not None:
         keys, rows = (x.clamp(max=fai_high - fai_low + 1) for x in (keys, rows))
-    bounds = begin.where(response, -1 - begin), keys.where(response, 0).clamp(min=0), rows.clamp(min=0)
+    bounds = [begin.where(response, -1 - begin), keys.where(response, 0).clamp(min=0), rows.clamp(min=0)]
     if device.type == "cuda":  # from pinned memory the copy is ordered on the stream and the host goes on
-        bounds = tuple(x.pin_memory() for x in bounds)
+        bounds = [x.pin_memory() for x in bounds]
     return Bounds(*(x.to(device, torch.int32, non_blocking=True) for x in bounds))

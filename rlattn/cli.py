@@ -1,4 +1,4 @@
-"""The command line: `rlattn train|eval|study|warmup|report|export`.
+"""The command line: `rlattn train|eval|analyze|study|warmup|report|export`.
 
 Heavy imports happen in the command that needs them.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlattn import __version__
+from rlattn.analysis.arguments import add_arguments as add_analyze_arguments
 from rlattn.config import ConfigError, RunConfig, load_config
 from rlattn.evaluation.arguments import add_arguments as add_eval_arguments
 from rlattn.study.arguments import add_arguments as add_study_arguments
@@ -84,6 +85,13 @@ def evaluate(args: argparse.Namespace) -> None:
     run(args)
 
 
+def analyze(args: argparse.Namespace) -> None:
+    """`rlattn analyze`."""
+    from rlattn.analysis.command import run
+
+    run(args)
+
+
 def study(args: argparse.Namespace) -> None:
     """`rlattn study`."""
     from rlattn.study.command import run
@@ -143,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     again.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     add_eval_arguments(add("eval", evaluate, "Evaluate a model on reasoning benchmarks."))
+    add_analyze_arguments(add("analyze", analyze, "Analyse a model's attention on a task's responses."))
     add_study_arguments(add("study", study, "Compare arms over seeds: table with intervals and learning curves."))
     add_config(add("warmup", warmup, "Make (or find) the small starting model of a config."))
     command = add("report", report, "Write report.html for a run.")

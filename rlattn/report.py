@@ -61,8 +61,8 @@ def report_data(run_dir: Path) -> dict[str, Any]:
         "config": config,
         "config_text": text,
         "steps": steps,
-        "series": {name: [_short(rows[step].get(name), 6) for step in steps] for name in names},
-        "completions": [_short(line, 4) for line in read_completions(run_dir)],
+        "series": {name: [short(rows[step].get(name), 6) for step in steps] for name in names},
+        "completions": [short(line, 4) for line in read_completions(run_dir)],
     }
 
 
@@ -75,7 +75,7 @@ def _config(run_dir: Path) -> tuple[str, dict[str, Any]]:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:  # the page still shows the text; the run itself refuses such a file
         tree = None
-    return text, _short(json.loads(json.dumps(tree, default=str)), 15) if isinstance(tree, dict) else {}
+    return text, short(json.loads(json.dumps(tree, default=str)), 15) if isinstance(tree, dict) else {}
 
 
 def _versions() -> dict[str, str]:
@@ -88,9 +88,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _short(value: Any, digits: int) -> Any:
+def short(value: Any, digits: int) -> Any:
+    """JSON-able data with floats at so many digits, and null for those that are not finite."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, list):
-        return [_short(item, digits) for item in value]
-    return {key: _short(item, digits) for key, item in value.items()} if isinstance(value, dict) else value
+        return [short(item, digits) for item in value]
+    return {key: short(item, digits) for key, item in value.items()} if isinstance(value, dict) else value

@@ -29,6 +29,8 @@ def test_importing_rlattn_loads_nothing_heavy():
         ),
         ("import rlattn.report, rlattn.tracking", {"ray", "vllm", "deepspeed", "trl"}),
         ("import rlattn.evaluation.command, rlattn.evaluation.score, rlattn.tasks.math", set(HEAVY)),
+        ("import rlattn.analysis.command", set(HEAVY)),
+        ("import rlattn.analysis.analyze, rlattn.analysis.results", {"ray", "vllm", "deepspeed", "trl"}),
         ("import rlattn.rollout.evaluate", {"vllm", "deepspeed", "trl"}),
         ("import rlattn.rollout.pool", {"vllm", "deepspeed", "trl"}),  # vllm is loaded inside the engine actors
         ("import rlattn.rollout.placement", {"ray", "vllm", "deepspeed", "trl"}),

@@ -10,7 +10,7 @@ from rlattn.config import CreditConfig, RunConfig
 from rlattn.credit import assign
 from rlattn.logprobs import token_logps
 from rlattn.losses import kl_k3, policy_loss, token_weights
-from rlattn.types import Signals
+from rlattn.types import Scores, Signals
 from tests.make import make_rollouts, tiny_qwen3
 
 VOCAB, LIMIT = 50, 12
@@ -225,7 +225,8 @@ def test_uniform_credit_is_plain_grpo_bit_for_bit(scale_rewards):
 
     advantages, _ = group_relative(rewards, rollouts.group_ids, scale_rewards)
     entropy = torch.rand(count, generator=generator)
-    gamma, _ = assign(rollouts, signals_of(rollouts), entropy, advantages, CreditConfig(name="uniform"), seed=0, step=0)
+    scores = Scores(old, entropy, signals_of(rollouts))
+    gamma, _ = assign(rollouts, scores, advantages, CreditConfig(name="uniform"), seed=0, step=0)
     shaped = gamma * advantages[rollouts.sequence_ids]
     token_loss, _ = policy_loss(logps, old, shaped, epsilon=0.2)
     weights = token_weights(rollouts, range(6), run_config())
