@@ -1,11 +1,12 @@
 """Attention statistics on a GPU: correct first, then time, bytes and memory beside what others need for the same.
 
-    python -P benchmarks/attention_statistics.py                 # the whole table
-    python -P benchmarks/attention_statistics.py --only forward  # up to 8192 tokens; --plot draws the saved results again
+    python -P benchmarks/attention_statistics.py    # the whole table
+    python -P benchmarks/attention_statistics.py --only forward    # up to 8192 tokens
+    python -P benchmarks/attention_statistics.py --plot    # draws the saved results, measures nothing
 
 Writes `benchmarks/results/attention_statistics.json` (with --only, `..._forward.json`). All figures of a file come from
-one run on one device; ratios are to the flash attention forward of the same shape in that run. With the wheel of flash-colreduce installed (`pip install
-flash-colreduce`) its column mean is timed too.
+one run on one device; ratios are to the flash attention forward of the same shape in that run. With the wheel of
+flash-colreduce installed (`pip install flash-colreduce`) its column mean is timed too.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ AMBER = (0.90, 0.55, 0.10)
 HEAT = LinearSegmentedColormap.from_list("heat", [(*AMBER, 0.0), (0.85, 0.47, 0.02, 0.75), (0.60, 0.16, 0.10, 1)])
 GRID = LinearSegmentedColormap.from_list("grid", [(*AMBER, 0.03), (*AMBER, 0.85)])  # marks must read on it
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 8,
@@ -216,7 +216,7 @@ def _against_chance(axes: Axes, rows: list[dict[str, Any]], names: list[str], *,
             continue
         axes.bar(x, seen["value"], width=0.62, color=LOCAL, alpha=0.8, label="observed, 95%" if x == 0 else None)
         axes.errorbar(x, seen["value"], yerr=_arms(seen), color=INK, linewidth=0.8, capsize=2)
-        line = {"color": GLOBAL, "linewidth": 1.8, "label": "chance (entropy: all tokens)" if x == 0 else None}
+        line: Any = {"color": GLOBAL, "linewidth": 1.8, "label": "chance (entropy: all tokens)" if x == 0 else None}
         axes.plot([x - 0.4, x + 0.4], [chance["value"]] * 2, **line)
     axes.set_xticks(range(len(rows)), names)
     axes.set_xlim(-0.6, len(rows) - 0.4)
@@ -264,6 +264,7 @@ def _colorbar(figure: Figure, image: Any, axes: Axes, label: str, shrink: float 
     bar = figure.colorbar(image, ax=axes, shrink=shrink, pad=0.02)
     bar.set_label(label)
     bar.outline.set_visible(False)
+    assert bar.solids is not None
     bar.solids.set(edgecolor="none", rasterized=True)  # as shapes, seams would show
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlattn.study.summary import Arm, Summary
 
@@ -25,7 +25,7 @@ def draw(summary: Summary, stem: Path) -> list[Path]:
 
     study = summary.study
     metrics = study.metrics
-    settings = {"svg.hashsalt": "rlattn", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    settings: Any = {"svg.hashsalt": "rlattn", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(settings):
         figure, axes = plt.subplots(
             len(metrics), 2, figsize=(10, 3.4 * len(metrics)), sharex=True, squeeze=False, layout="constrained"
