@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> None:
     target = of_run(Path(args.model)) if (Path(args.model) / "config.yaml").is_file() else _plain(args.model)
     config = settings(args, target)
     if config.task is None and args.responses is None:
-        raise ConfigError("name the task whose problems are answered, --task T, or a file of --responses")
+        raise ConfigError(
+            f"{args.model!r} is no run folder, which would bring its task: name the task whose problems are answered, "
+            "--task T, or a file of --responses"
+        )
     if args.responses is not None and not args.responses.is_file():
         raise ConfigError(f"no file of responses at {str(args.responses)!r}")
 
