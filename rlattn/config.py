@@ -11,13 +11,14 @@ import difflib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlattn import registry
 
+Schema = TypeVar("Schema", bound=BaseModel)
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -437,7 +438,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: one line a problem, each naming the key, its value and what would be accepted.
     """
-    return validate(read_tree(path, overrides))
+    return validate(RunConfig, read_tree(path, overrides))
 
 
 def read_tree(path: str | Path, overrides: list[str] | None = None, shelf: str = "") -> dict[str, Any]:
@@ -460,16 +461,16 @@ def read_tree(path: str | Path, overrides: list[str] | None = None, shelf: str =
     return tree
 
 
-def validate(tree: dict[str, Any]) -> RunConfig:
-    """The config that a tree of sections describes.
+def validate(schema: type[Schema], tree: dict[str, Any]) -> Schema:
+    """What a tree of sections describes: a `RunConfig`, or any other schema.
 
     Raises:
         ConfigError: one line a problem, each naming the key, its value and what would be accepted.
     """
     try:
-        return RunConfig.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(RunConfig, item) for item in error.errors())) from None
+        raise ConfigError("\n".join(describe(schema, item) for item in error.errors())) from None
 
 
 def describe(root: type[BaseModel], error: Any) -> str:

@@ -157,7 +157,7 @@ def engine_config(
         "policy": {"gpus_per_rank": int(gpu), "tokens_per_micro_batch": longest + tokens} | engines.get("policy", {}),
         "ray": engines.get("ray", {}),
     }
-    run = validate(tree)
+    run = validate(RunConfig, tree)
     check_engine_args(run)
     return run
 

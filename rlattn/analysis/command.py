@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlattn.analysis.config import AnalysisConfig, analysis_config, default_folder
-from rlattn.config import ConfigError, ModelConfig, load_config, override
+from rlattn.analysis.config import AnalysisConfig, default_folder
+from rlattn.config import ConfigError, ModelConfig, load_config, override, validate
 from rlattn.console import Console
 from rlattn.versions import installed_versions
 
@@ -143,7 +143,7 @@ def settings(args: argparse.Namespace, target: Target) -> AnalysisConfig:
     tree |= {name: value for name, value in (("n", args.n), ("seed", args.seed)) if value is not None}
     for item in args.overrides:
         override(tree, item)
-    return analysis_config(tree)
+    return validate(AnalysisConfig, tree)
 
 
 def load(config: AnalysisConfig, source: ModelSource, console: Console) -> Writer:

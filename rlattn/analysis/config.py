@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from rlattn.config import ConfigError, Positive, Section, SignalsConfig, TaskConfig, describe
+from rlattn.config import Positive, Section, SignalsConfig, TaskConfig
 
 
 class PeaksConfig(Section):
@@ -79,18 +79,6 @@ class AnalysisConfig(Section):
     def entropy_temperature(self) -> float:
         """What logits are divided by where entropies are measured."""
         return self.generation.temperature or 1.0
-
-
-def analysis_config(tree: dict[str, Any]) -> AnalysisConfig:
-    """The settings that a tree of sections describes.
-
-    Raises:
-        ConfigError: one line a problem, each naming the key, its value and what would be accepted.
-    """
-    try:
-        return AnalysisConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(describe(AnalysisConfig, item) for item in error.errors())) from None
 
 
 def default_folder(name: str, key: str) -> Path:

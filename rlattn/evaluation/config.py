@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from rlattn import registry
-from rlattn.config import ConfigError, Positive, Section, TaskConfig, describe
+from rlattn.config import ConfigError, Positive, Section, TaskConfig, validate
 from rlattn.problem import Problem
 from rlattn.tasks import Task, load_task
 
@@ -54,10 +54,7 @@ def eval_config(settings: dict[str, Any], benchmarks: list[str]) -> EvalConfig:
     Raises:
         ConfigError: one line a problem, each naming the field, its value and what would be accepted.
     """
-    try:
-        return EvalConfig.model_validate(settings | {"benchmarks": benchmarks})
-    except ValidationError as error:
-        raise ConfigError("\n".join(describe(EvalConfig, item) for item in error.errors())) from None
+    return validate(EvalConfig, settings | {"benchmarks": benchmarks})
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlattn.config import ConfigError, Positive, RunConfig, Seconds, Section, describe, load_config, read_tree
+from rlattn.config import ConfigError, Positive, RunConfig, Seconds, Section, load_config, read_tree, validate
 
 OWNED = {"seed": "`seeds`", "output_dir": "`output_dir`"}
 
@@ -124,10 +124,7 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyCon
     Raises:
         ConfigError: one line a problem, each naming the key, its value and what would be accepted.
     """
-    try:
-        return StudyConfig.model_validate(read_tree(path, overrides, shelf="studies"))
-    except ValidationError as error:
-        raise ConfigError("\n".join(describe(StudyConfig, item) for item in error.errors())) from None
+    return validate(StudyConfig, read_tree(path, overrides, shelf="studies"))
 
 
 def grid(study: StudyConfig) -> list[Run]:

@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, create_model
 
 from rlattn import registry
-from rlattn.config import ConfigError, Section, TaskConfig, describe
+from rlattn.config import ConfigError, Section, TaskConfig, validate
 from rlattn.problem import Problem, Verifier
 
 
@@ -57,10 +57,7 @@ def load_task(config: TaskConfig, seed: int, *, training: bool = True) -> Task:
     """
     kind = registry.TASKS.load(config.name)
     schema = _schema(kind.Options)
-    try:
-        tree = schema.model_validate({"task": {"options": config.options}})
-    except ValidationError as error:
-        raise ConfigError("\n".join(describe(schema, item) for item in error.errors())) from None
+    tree = validate(schema, {"task": {"options": config.options}})
     task: Task = kind(tree.task.options, seed)  # type: ignore[attr-defined]
     if training and not task.train and "train_file" in kind.Options.model_fields:
         raise ConfigError(f"task {config.name!r} has nothing to train on; give `task.options.train_file`")

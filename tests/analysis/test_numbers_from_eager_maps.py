@@ -13,9 +13,10 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from rlattn.analysis.analyze import analyze
-from rlattn.analysis.config import analysis_config
+from rlattn.analysis.config import AnalysisConfig
 from rlattn.analysis.generate import Writer
 from rlattn.analysis.responses import Response
+from rlattn.config import validate
 from rlattn.console import Console
 from rlattn.kernels import register
 
@@ -41,7 +42,7 @@ def found(model_path, tokenizer, responses, high):
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation=register())
     tree = {"signals": {"fai_high": high}, "perturbation": {"positions": 0}, "tokens_per_batch": 100}
     writer = Writer(model, {0}, 1000)
-    return analyze(model, tokenizer, writer, responses, analysis_config(tree), 256, Console(io.StringIO()))
+    return analyze(model, tokenizer, writer, responses, validate(AnalysisConfig, tree), 256, Console(io.StringIO()))
 
 
 @pytest.fixture(scope="module")
