@@ -108,11 +108,9 @@ def report(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """`rlattn export RUN_DIR OUT`."""
-    from rlattn.trainers.checkpoint import Checkpoints
+    from rlattn.trainers.checkpoint import newest
 
-    checkpoint = Checkpoints(_run_dir(args.run_dir) / "checkpoints", 1).latest()
-    if checkpoint is None:
-        raise ConfigError(f"{args.run_dir} has no complete checkpoint to export")
+    checkpoint = newest(_run_dir(args.run_dir), "export")
     if args.out.exists():
         raise ConfigError(f"{args.out} exists already; give a folder that does not")
     shutil.copytree(checkpoint / "model", args.out)

@@ -1,5 +1,7 @@
 """Small things that tests of several rooms make."""
 
+from contextlib import contextmanager
+
 import torch
 
 from rlattn.problem import Problem
@@ -50,3 +52,22 @@ def make_rollouts(prompt_lengths, response_lengths, *, vocab=50, seed=0, group_s
         problems=[Problem(str(i), "", None) for i in range(count)],
         reward_parts={},
     )
+
+
+@contextmanager
+def policy_of(settings, model_path):
+    """A policy on the running Ray, loaded from `model_path`; its actors end with the block."""
+    from ray.util.placement_group import remove_placement_group
+
+    from rlattn.rollout.cluster import reserve
+    from rlattn.rollout.placement import plan
+    from rlattn.trainers.policy import Policy
+
+    layout = plan(settings)
+    group = reserve(settings, layout)
+    try:
+        policy = Policy(settings, layout, group)
+        policy.load(model_path, model_path, None)
+        yield policy
+    finally:
+        remove_placement_group(group)

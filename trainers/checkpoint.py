@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlattn.config import ConfigError
 from rlattn.rollout.cluster import ActorError
 
 
@@ -84,3 +85,15 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def newest(run: Path, purpose: str) -> Path:
+    """The newest complete checkpoint of the run in a folder, for somebody who wants to `purpose` it.
+
+    Raises:
+        ConfigError: the run has none.
+    """
+    checkpoint = Checkpoints(run / "checkpoints", 1).latest()
+    if checkpoint is None:
+        raise ConfigError(f"{run} has no complete checkpoint to {purpose}")
+    return checkpoint

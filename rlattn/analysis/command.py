@@ -112,11 +112,9 @@ def of_run(folder: Path) -> Target:
     Raises:
         ConfigError: the run has no complete checkpoint.
     """
-    from rlattn.trainers.checkpoint import Checkpoints
+    from rlattn.trainers.checkpoint import newest
 
-    checkpoint = Checkpoints(folder / "checkpoints", 1).latest()
-    if checkpoint is None:
-        raise ConfigError(f"{folder} has no complete checkpoint to analyse")
+    checkpoint = newest(folder, "analyse")
     run = load_config(folder / "config.yaml")
     tree = {
         "task": run.task.model_dump(),

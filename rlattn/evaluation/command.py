@@ -119,11 +119,9 @@ def of_run(folder: Path, benchmarks: list[str]) -> Source:
     Raises:
         ConfigError: the run has no complete checkpoint.
     """
-    from rlattn.trainers.checkpoint import Checkpoints
+    from rlattn.trainers.checkpoint import newest
 
-    checkpoint = Checkpoints(folder / "checkpoints", 1).latest()
-    if checkpoint is None:
-        raise ConfigError(f"{folder} has no complete checkpoint to evaluate")
+    checkpoint = newest(folder, "evaluate")
     run = load_config(folder / "config.yaml")
     tree = {
         "rollout": run.rollout.model_dump(include=ENGINE_KEYS),

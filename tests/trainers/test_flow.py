@@ -1,12 +1,9 @@
 """Flow credit from the config through the policy, against the dense computation on the eager model's attention maps."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import ray
 import torch
-from ray.util.placement_group import remove_placement_group
 from scipy.linalg import solve_triangular
 from transformers import AutoModelForCausalLM
 
@@ -14,14 +11,13 @@ from rlattn import credit
 from rlattn.config import CreditConfig, RunConfig
 from rlattn.credit.selection import select
 from rlattn.problem import Problem, Verdict
-from rlattn.rollout.cluster import reserve, start_ray
+from rlattn.rollout.cluster import start_ray
 from rlattn.rollout.placement import plan
 from rlattn.tasks import Task
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.trainers.memory import estimate
-from rlattn.trainers.policy import Policy
 from rlattn.verifiers.pool import VerifierPool
-from tests.make import fetch_weights, make_rollouts
+from tests.make import fetch_weights, make_rollouts, policy_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,18 +57,6 @@ def cluster():
     start_ray(settings, plan(settings))
     yield
     ray.shutdown()
-
-
-@contextmanager
-def policy_of(settings, model_path):
-    layout = plan(settings)
-    group = reserve(settings, layout)
-    try:
-        policy = Policy(settings, layout, group)
-        policy.load(model_path, model_path, None)
-        yield policy
-    finally:
-        remove_placement_group(group)
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,16 @@
 import pytest
 import ray
 import torch
-from ray.util.placement_group import remove_placement_group
 from transformers import AutoModelForCausalLM
 
 from rlattn.config import ConfigError, RunConfig
 from rlattn.kernels import StatisticsOptions
 from rlattn.kernels.reference import map_statistics
-from rlattn.rollout.cluster import reserve, start_ray
+from rlattn.rollout.cluster import start_ray
 from rlattn.rollout.placement import plan
 from rlattn.signals import GLOBAL, LOCAL, head_groups, kurtosis
 from rlattn.trainers.memory import estimate
-from rlattn.trainers.policy import Policy
-from tests.make import make_rollouts
+from tests.make import make_rollouts, policy_of
 
 PROMPT, RESPONSES = 5, [23, 7, 18, 12, 20, 9]
 
@@ -56,14 +54,8 @@ def cluster(model_path):
 
 
 def score(settings, rollouts):
-    layout = plan(settings)
-    group = reserve(settings, layout)
-    try:
-        policy = Policy(settings, layout, group)
-        policy.load(settings.model.path, settings.model.path, None)
+    with policy_of(settings, settings.model.path) as policy:
         return policy.score(rollouts)
-    finally:
-        remove_placement_group(group)
 
 
 def expected_signals(maps, layers, options, heads):

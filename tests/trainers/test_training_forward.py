@@ -1,23 +1,19 @@
 """Capture while training, and head groups that are reused: the same gamma and the same step, for one forward less."""
 
-from contextlib import contextmanager
-
 import pytest
 import ray
 import torch
-from ray.util.placement_group import remove_placement_group
 
 from rlattn import credit
 from rlattn.advantages import group_relative
 from rlattn.config import RunConfig
 from rlattn.problem import Problem, Verdict
-from rlattn.rollout.cluster import reserve, start_ray
+from rlattn.rollout.cluster import start_ray
 from rlattn.rollout.placement import plan
 from rlattn.tasks import Task
 from rlattn.trainers.grpo import GRPOTrainer
-from rlattn.trainers.policy import Policy
 from rlattn.verifiers.pool import VerifierPool
-from tests.make import fetch_weights, make_rollouts
+from tests.make import fetch_weights, make_rollouts, policy_of
 
 pytestmark = pytest.mark.slow
 
@@ -66,18 +62,6 @@ def cluster():
     start_ray(settings, plan(settings))
     yield
     ray.shutdown()
-
-
-@contextmanager
-def policy_of(settings, model_path):
-    layout = plan(settings)
-    group = reserve(settings, layout)
-    try:
-        policy = Policy(settings, layout, group)
-        policy.load(model_path, model_path, None)
-        yield policy
-    finally:
-        remove_placement_group(group)
 
 
 @pytest.fixture(scope="module")
