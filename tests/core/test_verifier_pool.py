@@ -265,6 +265,8 @@ def driver(hostile, tmp_path):
             text=True,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
+            # As under a terminal: where the tests run in the background, a shell has had them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         assert process.stdout is not None
