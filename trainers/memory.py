@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from rlattn.config import ConfigError, RunConfig
+from rlattn.config import RunConfig
 from rlattn.credit import needed
-from rlattn.trainers.model import captured_layers
+from rlattn.trainers.model import captured_layers, out_of_reach
 from rlattn.trainers.warmup import model_shape
 
 GIB = 1 << 30
@@ -43,9 +43,7 @@ def shape_of(config: RunConfig) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(config.model.path)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`model.path` = {config.model.path!r} has no readable config: {str(error).splitlines()[0]}"
-        ) from None
+        raise out_of_reach(config.model.path, error) from None
 
 
 def estimate(config: RunConfig) -> MemoryEstimate:

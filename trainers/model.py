@@ -78,6 +78,14 @@ def captured_layers(signals: SignalsConfig, shape: PretrainedConfig) -> list[int
         raise ConfigError(f"`signals.layers` = {signals.layers}: {error}") from None
 
 
+def out_of_reach(path: str, error: Exception) -> ConfigError:
+    """What to say where the first thing that is read of a model cannot be read."""
+    return ConfigError(
+        f"`model.path` = {path!r} is neither a folder with a Hugging Face model nor a hub model within reach "
+        f"({str(error).splitlines()[0]})"
+    )
+
+
 def check_model(shape: object) -> None:
     """Refuse models whose final logits are not plainly `lm_head(hidden)`."""
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):

@@ -25,7 +25,7 @@ from rlattn.tracking import Tracker, read_metrics
 from rlattn.trainers.checkpoint import Checkpoints
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.trainers.memory import shape_of
-from rlattn.trainers.model import captured_layers
+from rlattn.trainers.model import captured_layers, out_of_reach
 from rlattn.trainers.policy import Policy
 from rlattn.trainers.warmup import warmup
 from rlattn.verifiers.pool import VerifierPool
@@ -173,10 +173,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`model.path` = {path!r} is neither a folder with a Hugging Face model nor a hub model within reach "
-            f"({str(error).splitlines()[0]})"
-        ) from None
+        raise out_of_reach(path, error) from None
 
 
 def _due(done: int, every: int, last: int) -> bool:

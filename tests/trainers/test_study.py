@@ -166,7 +166,13 @@ def test_ray_jobs_outlive_the_study_which_follows_them_when_called_again(tmp_pat
     file = str(write_study(tmp_path / "study.yaml", warmup, out, overrides=short, launch=launch, seeds=[0]))
     broken = f"arms.broken=[{NOWHERE}]"
     runs = grid(load_study(file))
-    study = subprocess.Popen([*RLATTN, "study", file, broken], stdout=subprocess.PIPE, text=True)
+    study = subprocess.Popen(
+        [*RLATTN, "study", file, broken],
+        stdout=subprocess.PIPE,
+        text=True,
+        # As under a terminal: where the tests run in the background, a shell has had them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(lambda: any(step_of(run) is not None for run in runs), study)
     study.send_signal(signal.SIGINT)
     said = study.communicate(timeout=60)[0]
