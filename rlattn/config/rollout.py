@@ -1,0 +1,42 @@
+"""Generation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from rlattn.config.section import Positive, Seconds, Section
+
+
+class RolloutConfig(Section):
+    """Generation by vLLM engines, each a Ray actor."""
+
+    num_engines: Positive = 1
+    """Engines; requests are split among them."""
+    tensor_parallel_size: Positive = 1
+    """GPUs per engine."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions sampled for a prompt: the GRPO group."""
+    max_prompt_length: Positive = 512
+    """Tokens; a longer prompt is an error, never cut."""
+    max_completion_length: Positive = 1024
+    """Tokens; a completion that reaches it is marked truncated."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Sampling temperature; log-probs are evaluated at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus mass; below 1 the trainer's log-probs (full distribution) differ from the sampler's, which is logged."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """KV cache per engine in GiB; None lets vLLM take `gpu_memory_utilization` of its GPU, or 1 GiB on CPUs."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45
+    """Share of the GPU that vLLM may take; used only on GPUs and without `kv_cache_gib`."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: starts sooner, generates slower."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to `vllm.LLM` as they are; keys that rlattn sets are refused."""
+    start_timeout_s: Seconds = 600
+    """Longest wait for an engine to load."""
+    generate_timeout_s: Seconds = 1800
+    """Longest wait for one step's completions."""
+    weights_timeout_s: Seconds = 300
+    """Longest wait for one weight transfer."""

@@ -1,0 +1,84 @@
+"""A whole run, and the rules that hold between sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
+from rlattn.config.model import ModelConfig
+from rlattn.config.policy import PolicyConfig
+from rlattn.config.rollout import RolloutConfig
+from rlattn.config.section import Section
+from rlattn.config.signals import SignalsConfig
+from rlattn.config.task import TaskConfig
+from rlattn.config.trainer import RayConfig, TrainerConfig
+
+FREE = ("output_dir", "ray.", "trainer.save_", "trainer.report_to", "trainer.log_completions")
+"""Beginnings of keys that shape nothing of a run's result."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of data order, sampling and credit controls."""
+    output_dir: Path = Path("runs/default")
+    """Where everything that the run writes goes."""
+    task: TaskConfig = TaskConfig()
+    """What is learned."""
+    model: ModelConfig = ModelConfig()
+    """The policy's starting point."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Generation."""
+    signals: SignalsConfig = SignalsConfig()
+    """Attention statistics."""
+    credit: CreditConfig = CreditConfig()
+    """Per-token credit."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """Advantage and loss."""
+    policy: PolicyConfig = PolicyConfig()
+    """The trained model."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The loop."""
+    ray: RayConfig = RayConfig()
+    """Placement."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        responses = self.trainer.prompts_per_step * self.rollout.num_generations
+        if responses % self.algorithm.steps_per_generation:
+            raise ValueError(
+                f"algorithm.steps_per_generation={self.algorithm.steps_per_generation} must divide the batch of "
+                f"{responses} responses (trainer.prompts_per_step * rollout.num_generations)"
+            )
+        if responses // self.algorithm.steps_per_generation < self.policy.ranks:
+            raise ValueError(
+                f"policy.ranks={self.policy.ranks} is more than the {responses // self.algorithm.steps_per_generation} "
+                "responses of one optimizer step; lower policy.ranks or algorithm.steps_per_generation"
+            )
+        longest = self.rollout.max_prompt_length + self.rollout.max_completion_length
+        if self.policy.tokens_per_micro_batch < longest:
+            raise ValueError(
+                f"policy.tokens_per_micro_batch={self.policy.tokens_per_micro_batch} cannot hold one sequence of "
+                f"max_prompt_length + max_completion_length = {longest} tokens; raise it to at least {longest}"
+            )
+        if self.signals.forward == "train":
+            self._check_training_forward()
+        return self
+
+    def _check_training_forward(self) -> None:
+        iterations, steps = self.algorithm.num_iterations, self.algorithm.steps_per_generation
+        if (iterations, steps) != (1, 1):
+            raise ValueError(
+                "signals.forward=train needs a single optimizer step a batch, not "
+                f"algorithm.num_iterations={iterations} times algorithm.steps_per_generation={steps}; set both to 1, "
+                "or signals.forward to score"
+            )
+        if self.signals.heads.scope == "batch" and self.signals.heads.select != "all":
+            raise ValueError(
+                "signals.forward=train cannot have signals.heads.scope=batch, whose groups are known only after the "
+                "whole batch's forward; set the scope to calibrated or sequence, or signals.forward to score"
+            )

@@ -1,0 +1,47 @@
+"""The loop around the step, and where actors run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlattn.config.section import Positive, Seconds, Section
+from rlattn.config.task import TaskConfig
+
+
+class TrainerConfig(Section):
+    """The loop around the step."""
+
+    steps: Positive = 500
+    """Rollout batches."""
+    prompts_per_step: Positive = 64
+    """Prompts in a batch; responses in a batch are this times `rollout.num_generations`."""
+    eval_steps: Annotated[int, Field(ge=0)] = 50
+    """Evaluate every so many steps, and before and after; 0 never evaluates."""
+    eval_samples: Positive = 1
+    """Completions per test problem; accuracy is their mean (avg@k) at `eval_temperature`."""
+    eval_temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Sampling temperature of evaluation; 0 is greedy."""
+    eval_tasks: list[TaskConfig] = Field(default_factory=list)
+    """Further benchmarks that evaluation asks, such as `{name: math500, options: {data: DIR}}`; logged as
+    `eval/<name>/accuracy`."""
+    save_steps: Annotated[int, Field(ge=0)] = 50
+    """Checkpoint every so many steps, and after the last; 0 saves only after the last."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Trackers beside `metrics.jsonl`; each needs its extra."""
+    log_completions: Annotated[int, Field(ge=0)] = 8
+    """Completions with their token signals kept for the report at each evaluation."""
+
+
+class RayConfig(Section):
+    """Where actors run."""
+
+    address: str | None = None
+    """A running cluster (`auto` or `ray://...`); None starts Ray on this machine."""
+    num_cpus: Positive | None = None
+    """Logical CPUs of a local Ray; None means as many as the run's actors reserve, or the machine's if more."""
+    placement_timeout_s: Seconds = 120
+    """Longest wait for the actors' resources."""
