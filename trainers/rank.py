@@ -1,0 +1,161 @@
+"""One data-parallel rank of a trained model, whatever it learns: its place among the others, its DeepSpeed engine, and
+what is saved of it. `PolicyWorker` says what is computed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from rlattn.config import PolicyConfig, RunConfig
+
+BUCKET_BYTES = 256 << 20  # what one gathered bucket of weights may hold on one rank
+
+
+class Rank:
+    """A DeepSpeed engine inside a Ray actor (deepspeed is imported there alone); a subclass loads it a model.
+
+    Attributes:
+        engine: DeepSpeed's, once loaded.
+        lm: the Hugging Face model inside it.
+    """
+
+    engine: Any
+    lm: PreTrainedModel
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self.config, self.rank = config, rank
+        self.world = config.policy.ranks
+
+    def endpoint(self) -> str:
+        """A free `tcp://host:port` on this rank's node, for the ranks' rendezvous."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+
+    def join(self, endpoint: str) -> None:
+        """Take this rank's device and meet the other ranks."""
+        policy = self.config.policy
+        self.device = torch.device("cuda" if policy.gpus_per_rank else "cpu")
+        torch.set_num_threads(policy.cpus_per_rank)
+        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.world)}
+        dist.init_process_group(
+            "nccl" if policy.gpus_per_rank else "gloo",
+            init_method=endpoint,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timedelta(seconds=policy.timeout_s),
+        )
+
+    def save(self, folder: str) -> None:
+        """Write the optimizer state to `folder`/optimizer and, from rank 0, a Hugging Face model to `folder`/model.
+
+        Raises:
+            OSError: nothing more fits on the disk, or the folder cannot be written.
+        """
+        try:
+            self.engine.save_checkpoint(folder, tag="optimizer", save_latest=False)
+            state = {name: tensor for bucket in self.buckets() for name, tensor in bucket.items()}
+            if self.rank == 0:
+                self.lm.save_pretrained(Path(folder, "model"), state_dict=state)
+        except (RuntimeError, SafetensorError) as error:  # what a failed write is called by torch and safetensors
+            raise OSError(f"writing failed with {shutil.disk_usage(folder).free >> 20} MiB free: {error}") from error
+
+    def buckets(self) -> Iterator[dict[str, Tensor]]:
+        """Dicts name -> CPU tensor of at most BUCKET_BYTES, on rank 0; every rank must iterate (ZeRO-3 gathers)."""
+        bucket: list[tuple[str, nn.Parameter]] = []
+        size = 0
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        named = list(self.lm.named_parameters())
+        for i, (name, parameter) in enumerate(named):
+            bucket.append((name, parameter))
+            size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            if size >= BUCKET_BYTES or i == len(named) - 1:
+                with GatheredParameters([p for _, p in bucket], enabled=hasattr(parameter, "ds_id")):
+                    if self.rank == 0:
+                        yield {n: p.detach().to("cpu", copy=True) for n, p in bucket}
+                bucket, size = [], 0
+
+    def trained(self, model: nn.Module, learning_rate: float) -> Any:
+        """DeepSpeed's engine over `model`, with AdamW and the schedule of `policy`; restore it with `restore`."""
+        import deepspeed
+
+        policy, algorithm = self.config.policy, self.config.algorithm
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=learning_rate, betas=policy.betas, weight_decay=policy.weight_decay
+        )
+        scheduler = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(policy.lr_schedule, policy.lr_schedule),
+            optimizer,
+            num_warmup_steps=policy.lr_warmup_steps,
+            num_training_steps=self.config.trainer.steps * algorithm.num_iterations * algorithm.steps_per_generation,
+        )
+        return deepspeed.initialize(
+            model=model.to(self.device),
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(policy, self.config.model.dtype),
+        )[0]
+
+    def restore(self, checkpoint: str | None) -> None:
+        """Take optimizer and schedule from a checkpoint's folder, where there is one."""
+        if checkpoint:
+            self.engine.load_checkpoint(checkpoint, tag="optimizer")
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """`model` for forwards alone, sharded where ZeRO-3 shards what is trained."""
+        import deepspeed
+
+        block = deepspeed_config(self.config.policy, self.config.model.dtype)
+        if block.get("zero_optimization", {}).get("stage") != 3:
+            return model.eval().to(self.device)
+        engine = deepspeed.initialize(model=model.eval().to(self.device), config=block)[0]
+        engine.eval()
+        return engine
+
+    def summary(self, learned: list[dict[str, float]], steps: int) -> dict[str, float]:
+        """Sums over the tokens of `steps` optimizer steps, mean gradient norm, and the learning rate now."""
+        names = dict.fromkeys(name for part in learned for name in part)
+        sums = {name: sum(part.get(name, 0.0) for part in learned) for name in names}
+        rate = self.engine.optimizer.param_groups[0]["lr"]
+        return sums | {"grad_norm": sums["grad_norm"] / steps, "learning_rate": rate}
+
+    def step(self, loss: Tensor, *, last: bool) -> dict[str, float]:
+        """Backward of a micro-batch's part of a mini-batch's loss and, after the `last`, the optimizer step.
+
+        Returns its `loss`, and after the last one the mini-batch's `grad_norm`.
+        """
+        learned = {"loss": loss.item()}
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over ranks, and the parts already add to the whole mini-batch's loss.
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)
+        if last and not self.engine.zero_optimization():  # DeepSpeed reports a norm under ZeRO only
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            learned["grad_norm"] = float(torch.nn.utils.get_total_norm(gradients))
+        self.engine.step()
+        if last and self.engine.zero_optimization():
+            learned["grad_norm"] = float(self.engine.get_global_grad_norm())
+        return learned
+
+
+def deepspeed_config(policy: PolicyConfig, dtype: str) -> dict[str, Any]:
+    """The user's DeepSpeed block with what rlattn owns added: sizes of one, clipping, and the number type."""
+    owned = {
+        "train_micro_batch_size_per_gpu": 1,  # batches are packed and counted in tokens; DeepSpeed need not know
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": policy.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+    return {"data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 1 << 40} | policy.deepspeed | owned
