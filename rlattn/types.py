@@ -8,8 +8,9 @@ the attention row whose query is token t, `fai[t]` what later rows give to token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -81,6 +82,52 @@ class Rollouts:
     def replace(self, **changes: Any) -> Rollouts:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def take(self, sequences: Sequence[int]) -> Rollouts:
+        """The batch of these sequences alone, in this order."""
+        chosen = list(sequences)
+        lengths = self.lengths[chosen]
+        tokens = token_indices(self.cu_seqlens, chosen)
+        packed = {"token_ids": self.token_ids[tokens], "sampled_logps": self.sampled_logps[tokens]}
+        names = ("prompt_lengths", "group_ids", "truncated", "policy_version", "rewards")
+        return replace(
+            self,
+            **packed,
+            **{name: getattr(self, name)[chosen] for name in names},
+            cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            texts=[self.texts[b] for b in chosen],
+            problems=[self.problems[b] for b in chosen],
+            reward_parts={name: part[chosen] for name, part in self.reward_parts.items()},
+            answer_spans=None if self.answer_spans is None else self.answer_spans[chosen],
+        )
+
+    @staticmethod
+    def cat(batches: Sequence[Rollouts]) -> Rollouts:
+        """Batches one after the other, their groups numbered on; a reward part that one lacks is 0 there."""
+        lengths = torch.cat([batch.lengths for batch in batches])
+        groups = [0, *accumulate(int(batch.group_ids.max()) + 1 for batch in batches)]
+        parts = dict.fromkeys(name for batch in batches for name in batch.reward_parts)
+        spans = [batch.answer_spans for batch in batches]
+        names = ("token_ids", "sampled_logps", "prompt_lengths", "truncated", "policy_version", "rewards")
+        joined: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+        return Rollouts(
+            **joined,
+            cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            group_ids=torch.cat([batch.group_ids + first for batch, first in zip(batches, groups, strict=False)]),
+            texts=[text for batch in batches for text in batch.texts],
+            problems=[problem for batch in batches for problem in batch.problems],
+            reward_parts={
+                name: torch.cat([batch.reward_parts.get(name, torch.zeros(len(batch))) for batch in batches])
+                for name in parts
+            },
+            answer_spans=None if any(own is None for own in spans) else torch.cat([s for s in spans if s is not None]),
+        )
+
+
+def token_indices(cu_seqlens: Tensor, sequences: Sequence[int]) -> Tensor:
+    """[t] int64, where the tokens of the chosen sequences lie in a packed batch, sequence after sequence."""
+    bounds = cu_seqlens.tolist()
+    return torch.cat([torch.arange(bounds[b], bounds[b + 1]) for b in sequences])
 
 
 @dataclass(frozen=True)

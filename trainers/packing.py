@@ -12,7 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from rlattn.types import Rollouts
+from rlattn.types import Rollouts, token_indices
 
 Plan = list[list[list[int]]]  # [rank][micro-batch] -> sequence indices
 
@@ -111,12 +111,6 @@ def _take(rollouts: Rollouts, indices: list[int], chunks: int, columns: dict[str
         chunks=chunks,
         columns={name: column[tokens] for name, column in columns.items()},
     )
-
-
-def token_indices(cu_seqlens: Tensor, indices: list[int]) -> Tensor:
-    """[t] int64, where the tokens of the chosen sequences lie in the packed batch, sequence after sequence."""
-    bounds = cu_seqlens.tolist()
-    return torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in indices])
 
 
 def restore(cu_seqlens: Tensor, layout: Plan, shards: list[list[Tensor]]) -> Tensor:

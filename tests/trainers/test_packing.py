@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlattn.trainers import packing
+from rlattn.types import token_indices
 from tests.make import make_rollouts
 
 
@@ -49,7 +50,7 @@ def test_cut_and_restore_are_inverse():
     torch.testing.assert_close(back, column, rtol=0, atol=0)
     for micros, shard in zip(layout, shards, strict=True):
         for indices, micro in zip(micros, shard, strict=True):
-            where = packing.token_indices(rollouts.cu_seqlens, indices)
+            where = token_indices(rollouts.cu_seqlens, indices)
             assert torch.equal(micro.response_indices, rollouts.response_mask[where].nonzero().squeeze(1))
             assert micro.position_ids[micro.cu_seqlens[:-1]].tolist() == [0] * len(indices)
     for micros in zip(*shards, strict=True):  # every rank computes log-probs in equally many chunks
