@@ -86,19 +86,21 @@ class RolloutPool:
         *,
         seed: int,
         step: int,
+        first: int = 0,
         temperature: float | None = None,
         max_tokens: int | None = None,
     ) -> Rollouts:
         """Sample `num_generations` completions a problem; sequence b answers problem b // num_generations.
 
-        Sequence b draws from its own stream, seeded by (seed, step, b): the same call twice gives the same tokens, and
-        the number of engines changes nothing but the batches that the forward sees.
+        Sequence b draws from its own stream, seeded by (seed, step, first + b): the same call twice gives the same
+        tokens, and the number of engines changes nothing but the batches that the forward sees.
 
         Args:
             problems: what to answer.
             num_generations: completions of each.
             seed: of the run (give evaluation another one than training).
             step: of the run.
+            first: how many sequences of this step were sampled before.
             temperature: of sampling, 0 is greedy; `rollout.temperature` if None.
             max_tokens: of a completion; `rollout.max_completion_length` if None.
 
@@ -116,7 +118,7 @@ class RolloutPool:
             raise ValueError(f"max_tokens={max_tokens} must lie in 1..{limit} (rollout.max_completion_length)")
         prompts = [prompt for prompt in self.check_prompts(problems) for _ in range(num_generations)]
         requests = [
-            Request(prompt, request_seed(seed, step, index), temperature) for index, prompt in enumerate(prompts)
+            Request(prompt, request_seed(seed, step, index), temperature) for index, prompt in enumerate(prompts, first)
         ]
         calls = {}
         for (name, engine), part in zip(self._engines.items(), _split(requests, len(self._engines)), strict=True):
