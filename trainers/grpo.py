@@ -15,6 +15,7 @@ from rlattn import answers, credit, metrics, rewards
 from rlattn.advantages import group_relative
 from rlattn.config import RunConfig
 from rlattn.data import PromptSchedule
+from rlattn.dynamic_sampling import fill
 from rlattn.evaluation.in_training import evaluate
 from rlattn.problem import Problem
 from rlattn.rollout.pool import RolloutPool
@@ -26,6 +27,8 @@ from rlattn.types import Rollouts, Scores
 from rlattn.verifiers.pool import VerifierPool
 
 EVAL_SEED = 1_000_003  # added to the run's seed, so that no evaluation repeats a training step's draws
+
+REFILL_SEED = 2_000_003  # likewise, for the prompts of further draws: a step's own stay a function of its number
 
 
 class Batch(NamedTuple):
@@ -54,6 +57,7 @@ class GRPOTrainer:
             f"eval/{named.name}": task for named, task in zip(config.trainer.eval_tasks, benchmarks, strict=True)
         }
         self.prompts = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed)
+        self.refills = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed + REFILL_SEED)
         self.groups: list[list[int]] | None = None  # the last step's head groups, for reuse and turnover
 
     def step(self, step: int) -> tuple[dict[str, float], Batch]:
@@ -62,11 +66,8 @@ class GRPOTrainer:
         Returns the metrics, and the batch for the report.
         """
         config, timer = self.config, PhaseTimer()
-        with timer("generate"):
-            prompts = self.prompts.at(step)
-            rollouts = self.rollout.generate(prompts, config.rollout.num_generations, seed=config.seed, step=step)
+        rollouts, sampled_metrics = self.sample(step, timer)
         with timer("reward"):
-            rollouts = rewards.score(rollouts, self.task, self.verifiers)
             if "flow" in self.policy.extra:
                 rollouts = answers.locate(rollouts, self.task, self.rollout.tokenizer)
             advantage, reward_metrics = group_relative(
@@ -91,6 +92,7 @@ class GRPOTrainer:
 
         measured = (
             reward_metrics
+            | sampled_metrics
             | metrics.rollout_metrics(rollouts)
             | metrics.sampling_metrics(rollouts, scores)
             | signal_metrics(scores.signals, rollouts, self.groups)
@@ -100,6 +102,21 @@ class GRPOTrainer:
         )
         self.groups = scores.signals.groups.tolist()
         return measured, Batch(rollouts, scores, gamma, advantage)
+
+    def sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:
+        """The step's completions with their rewards; with `algorithm.filter_groups`, of groups whose rewards differ."""
+        config, filtering = self.config, self.config.algorithm.filter_groups
+        most, generations = config.algorithm.max_num_gen_batches, config.rollout.num_generations
+
+        def draw(index: int) -> Rollouts:
+            prompts = self.refills.at(step * (most - 1) + index - 1) if index else self.prompts.at(step)
+            with timer("generate"):
+                first = index * len(prompts) * generations
+                rollouts = self.rollout.generate(prompts, generations, seed=config.seed, step=step, first=first)
+            with timer("reward"):
+                return rewards.score(rollouts, self.task, self.verifiers)
+
+        return fill(draw, config.trainer.prompts_per_step, most) if filtering else (draw(0), {})
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the test sets under the current weights; the same draws each time, so that steps compare."""

@@ -68,6 +68,12 @@ class AlgorithmConfig(Section):
     mask_truncated_completions: bool = False
     """Leave completions that hit `max_completion_length` out of the loss."""
 
+    filter_groups: bool = False
+    """Dynamic sampling (DAPO): a group whose rewards are all equal gives its place to the group of another prompt."""
+    max_num_gen_batches: Annotated[int, Field(ge=1, le=100)] = 10
+    """filter_groups: batches of `trainer.prompts_per_step` prompts that one step may draw. What is still missing after
+    the last is filled with groups whose rewards are equal."""
+
     @field_validator("loss_type")
     @classmethod
     def _known(cls, name: str) -> str:
