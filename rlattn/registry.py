@@ -60,7 +60,9 @@ CREDIT = Registry(
         "flow",
     ),
 )
-LOSSES = Registry("loss_type", "rlattn.losses", _files("losses", "grpo", "dr_grpo", "dapo", "bnpo"))
+LOSSES = Registry(
+    "loss_type", "rlattn.losses", _files("losses", "grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+)
 TASKS = Registry(
     "task",
     "rlattn.tasks",

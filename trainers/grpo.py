@@ -12,10 +12,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rlattn import answers, credit, metrics, rewards
-from rlattn.advantages import group_relative
 from rlattn.config import RunConfig
 from rlattn.data import PromptSchedule
 from rlattn.dynamic_sampling import fill
+from rlattn.estimators import estimate
 from rlattn.evaluation.in_training import evaluate
 from rlattn.problem import Problem
 from rlattn.rollout.pool import RolloutPool
@@ -70,9 +70,7 @@ class GRPOTrainer:
         with timer("reward"):
             if "flow" in self.policy.extra:
                 rollouts = answers.locate(rollouts, self.task, self.rollout.tokenizer)
-            advantage, reward_metrics = group_relative(
-                rollouts.rewards, rollouts.group_ids, config.algorithm.scale_rewards
-            )
+            advantage, reward_metrics = estimate(rollouts.rewards, rollouts.group_ids, config.algorithm)
         groups = reusable_groups(config.signals.heads, step, self.groups)
         if trains_in_one_forward(config.signals, groups):
             with timer("update"):
@@ -114,7 +112,7 @@ class GRPOTrainer:
                 first = index * len(prompts) * generations
                 rollouts = self.rollout.generate(prompts, generations, seed=config.seed, step=step, first=first)
             with timer("reward"):
-                return rewards.score(rollouts, self.task, self.verifiers)
+                return rewards.score(rollouts, self.task, self.verifiers, config)
 
         return fill(draw, config.trainer.prompts_per_step, most) if filtering else (draw(0), {})
 

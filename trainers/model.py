@@ -18,15 +18,19 @@ from rlattn.trainers.packing import MicroBatch
 class PolicyModel(nn.Module):
     """A Hugging Face causal LM whose forward gives log-probs and entropy of the completion tokens of a packed batch."""
 
-    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+    def __init__(self, lm: PreTrainedModel, temperature: float, *, learn_entropy: bool = False) -> None:
         super().__init__()
+        self.learn_entropy = learn_entropy
         self.lm = lm
         self.temperature = temperature
 
     def forward(
         self, micro: MicroBatch, *, capture: Capture | None = None, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs [n] fp32 (differentiable) and entropy [n] fp32 (detached), at the sampling temperature."""
+        """Log-probs [n] fp32 (differentiable) and entropy [n] fp32, at the sampling temperature.
+
+        The entropy is differentiable where the model was made to `learn_entropy`.
+        """
         device = self.lm.device
         rows = micro.response_indices
         hidden = self.lm.get_decoder()(
@@ -45,7 +49,7 @@ class PolicyModel(nn.Module):
             with_entropy=with_entropy,
         )
         # The entropy's graph would keep what the backward recomputes of every chunk, [n, V] in all, while it lives.
-        return logps, None if entropy is None else entropy.detach()
+        return logps, entropy if entropy is None or self.learn_entropy else entropy.detach()
 
 
 def load_model(config: ModelConfig, path: str) -> PreTrainedModel:

@@ -47,6 +47,11 @@ class MicroBatch:
         return torch.arange(len(self.token_ids)) - starts
 
     @property
+    def response_lengths(self) -> Tensor:
+        """[b] int64, completion tokens of each sequence."""
+        return self.cu_seqlens[1:] - self.response_starts
+
+    @property
     def response_indices(self) -> Tensor:
         """[n] int64, indices in [t] of completion tokens, in order."""
         starts = torch.repeat_interleave(self.response_starts, self.cu_seqlens.diff())

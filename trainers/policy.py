@@ -94,10 +94,14 @@ class Policy(RankGroup):
         self, rollouts: Rollouts, chosen: list[int], columns: dict[str, Tensor]
     ) -> tuple[packing.Plan, list[list[packing.MicroBatch]]]:
         """The micro-batches of one optimizer step on the sequences `chosen`, with their loss weights."""
-        weights = losses.token_weights(rollouts, chosen, self.config)
+        columns = {"weights": losses.token_weights(rollouts, chosen, self.config), **columns}
+        if self.config.algorithm.entropy_coef:
+            columns["mean_weights"] = losses.mean_weights(rollouts, chosen, self.config)
+        if self.config.algorithm.vllm_importance_sampling_correction:
+            columns["sampled_logps"] = rollouts.sampled_logps
         layout = [[[chosen[i] for i in micro] for micro in rank] for rank in self.plan(rollouts, chosen)]
         chunk = self.config.policy.logits_chunk_tokens
-        return layout, packing.cut(rollouts, layout, chunk, weights=weights, **columns)
+        return layout, packing.cut(rollouts, layout, chunk, **columns)
 
     def _restore(
         self, rollouts: Rollouts, layout: packing.Plan, results: list[ShardScores]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import ray
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from rlattn import credit
 from rlattn.config import RunConfig
 from rlattn.kernels import Capture, FlowMap, FlowOptions, StatisticsOptions
-from rlattn.losses import kl_k3, policy_loss
+from rlattn.losses.inputs import LossInputs
+from rlattn.losses.token import micro_batch_loss
 from rlattn.signals import HeadMeans, SignalRows, groups_of, pool_heads, reduce_rows, reduce_signals
 from rlattn.trainers.model import PolicyModel, captured_layers, load_model
 from rlattn.trainers.packing import MicroBatch
@@ -54,7 +55,9 @@ class PolicyWorker(Rank):
         self.lm = load_model(self.config.model, model_path)
         if policy.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.engine = self.trained(PolicyModel(self.lm, self.config.rollout.temperature), policy.learning_rate)
+        self.bonus = self.config.algorithm.entropy_coef > 0
+        model = PolicyModel(self.lm, self.config.rollout.temperature, learn_entropy=self.bonus)
+        self.engine = self.trained(model, policy.learning_rate)
         self.restore(checkpoint)
         self.options = StatisticsOptions(signals.waad_window, signals.fai_low, signals.fai_high, signals.sink_tokens)
         self.layers = captured_layers(signals, self.lm.config)
@@ -72,9 +75,9 @@ class PolicyWorker(Rank):
         self.engine.eval()
         with torch.no_grad():
             forwards = [self._measure(micro, spans=groups is None) for micro in shard]
-        rows, heads = [own for _, _, own in forwards], self.config.signals.heads
+        rows, heads = [own for *_, own in forwards], self.config.signals.heads
         reduced = reduce_signals(rows, heads, groups=groups, extra=self.extra, all_reduce=dist.all_reduce)
-        columns = [part | signals for (_, part, _), signals in zip(forwards, reduced.columns, strict=True)]
+        columns = [part | signals for (*_, part, _), signals in zip(forwards, reduced.columns, strict=True)]
         return ShardScores(columns, self.layers, reduced.means, reduced.groups)
 
     def update(self, mini_batches: list[list[MicroBatch]]) -> dict[str, float]:
@@ -83,8 +86,8 @@ class PolicyWorker(Rank):
         self.engine.train()
         for micros in mini_batches:
             for micro in micros:
-                logps, _ = self.engine(micro)
-                learned.append(self._learn(micro, logps, micro.columns, last=micro is micros[-1]))
+                logps, entropy = self.engine(micro, with_entropy=self.bonus)
+                learned.append(self._learn(micro, logps, entropy, micro.columns, last=micro is micros[-1]))
         return self.summary(learned, len(mini_batches))
 
     def train(self, micros: list[MicroBatch], groups: Tensor | None, step: int) -> tuple[ShardScores, dict[str, float]]:
@@ -98,19 +101,23 @@ class PolicyWorker(Rank):
         columns, sums, learned = [], [], []
         self.engine.train()
         for micro in micros:
-            logps, part, rows = self._measure(micro, spans=groups is None)
+            logps, entropy, part, rows = self._measure(micro, spans=groups is None)
             part |= reduce_rows(rows, heads, groups, self.extra)
             part["gamma"], amplified = self._credit(micro, part, step)
             shaped = part["gamma"] * micro.columns["advantages"]
             given = micro.columns | part | {"advantages": shaped, "old_logps": part["logps"]}
-            learned.append(self._learn(micro, logps, given, last=micro is micros[-1]) | {"amplified": amplified})
+            learned.append(
+                self._learn(micro, logps, entropy, given, last=micro is micros[-1]) | {"amplified": amplified}
+            )
             columns.append(part)
             sums.append(rows.sums)
         means = pool_heads(sums, dist.all_reduce)
         return ShardScores(columns, self.layers, means, groups_of(means, heads, groups)), self.summary(learned, 1)
 
-    def _measure(self, micro: MicroBatch, *, spans: bool) -> tuple[Tensor, dict[str, Tensor], SignalRows]:
-        """One forward with capture: log-probs [n] to learn from, columns [t] for the driver, and per-head rows."""
+    def _measure(
+        self, micro: MicroBatch, *, spans: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], SignalRows]:
+        """One forward with capture: log-probs and entropy [n] to learn from, columns [t] for the driver, head rows."""
         columns = {}
         if self.reference is not None:
             with torch.no_grad():
@@ -128,7 +135,7 @@ class PolicyWorker(Rank):
             receivers=self.receivers,
             flow=None if flow is None else flow.flow,
         )
-        return logps, columns, rows
+        return logps, entropy, columns, rows
 
     def _flow_map(self, micro: MicroBatch) -> FlowMap:
         """A map to gather; where a response has no answer, its last tokens stand for one."""
@@ -148,30 +155,22 @@ class PolicyWorker(Rank):
         responses = credit.PackedResponses(micro.response_starts, ends, micro.sequences, advantages)
         return credit.assign_packed(columns, responses, self.config.credit, seed=self.config.seed, step=step)
 
-    def _learn(self, micro: MicroBatch, logps: Tensor, columns: dict[str, Tensor], *, last: bool) -> dict[str, float]:
+    def _learn(
+        self, micro: MicroBatch, logps: Tensor, entropy: Tensor | None, columns: dict[str, Tensor], *, last: bool
+    ) -> dict[str, float]:
         """Backward of a micro-batch's loss and, after a mini-batch's `last`, the optimizer step; sums over its tokens.
 
-        `logps` is [n]; `columns`, [t] each, must have `weights`, `old_logps`, `advantages` and, with a KL term,
-        `reference_logps`.
+        `logps` and `entropy` are [n]; `columns`, [t] each, must have what `LossInputs` needs beside them.
         """
-        algorithm, rows = self.config.algorithm, micro.response_indices
-        given = {name: column[rows].to(self.device) for name, column in columns.items()}  # [n] each
-        counted = given["weights"] != 0  # masked truncated completions are in no mean
-        token_loss, clipped = policy_loss(
-            logps,
-            given["old_logps"],
-            given["advantages"],
-            epsilon=algorithm.epsilon,
-            epsilon_high=algorithm.epsilon_high,
-        )
-        measured = {"clip_ratio/low_mean": clipped.low, "clip_ratio/high_mean": clipped.high}
-        if algorithm.beta:
-            kl = kl_k3(logps, given["reference_logps"], given["old_logps"])
-            token_loss = token_loss + algorithm.beta * kl
-            measured["kl"] = kl
+        rows, names = micro.response_indices, {field.name for field in fields(LossInputs)}
+        given = {name: column[rows].to(self.device) for name, column in columns.items() if name in names}  # [n] each
+        sequences = torch.repeat_interleave(torch.arange(len(micro.cu_seqlens) - 1), micro.response_lengths)
+        inputs = LossInputs(**(given | {"logps": logps, "entropy": entropy, "sequences": sequences.to(self.device)}))
+        loss, measured = micro_batch_loss(inputs, self.config.algorithm)
+        counted = inputs.counted  # masked truncated completions are in no mean
         sums = {name: values[counted].sum().item() for name, values in measured.items()}
         sums["tokens"] = int(counted.sum())
-        return sums | self.step((given["weights"] * token_loss).sum(), last=last)
+        return sums | self.step(loss, last=last)
 
     def weights(self) -> list[ray.ObjectRef]:
         """The whole policy in Hugging Face names, gathered bucket by bucket; refs on rank 0, none elsewhere."""

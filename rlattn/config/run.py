@@ -65,6 +65,11 @@ class RunConfig(Section):
                 f"policy.tokens_per_micro_batch={self.policy.tokens_per_micro_batch} cannot hold one sequence of "
                 f"max_prompt_length + max_completion_length = {longest} tokens; raise it to at least {longest}"
             )
+        if self.algorithm.overlong_buffer_tokens > self.rollout.max_completion_length:
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens={self.algorithm.overlong_buffer_tokens} must be at most "
+                f"rollout.max_completion_length={self.rollout.max_completion_length}"
+            )
         if self.signals.forward == "train":
             self._check_training_forward()
         return self

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlattn.advantages import group_relative
+from rlattn.estimators.grpo import group_relative
 
 
 def trl(rewards, size, scale):

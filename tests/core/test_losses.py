@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 
-from rlattn.advantages import group_relative
 from rlattn.config import CreditConfig, RunConfig
 from rlattn.credit import assign
+from rlattn.estimators.grpo import group_relative
 from rlattn.logprobs import token_logps
-from rlattn.losses import kl_k3, policy_loss, token_weights
+from rlattn.losses import mean_weights, token_weights
+from rlattn.losses.inputs import LossInputs
+from rlattn.losses.kl import kl_k3
+from rlattn.losses.token import micro_batch_loss
+from rlattn.objectives import cispo, clip
 from rlattn.types import Scores, Signals
 from tests.make import make_rollouts, tiny_qwen3
 
@@ -92,6 +96,7 @@ class Step:
         self.old = torch.zeros(count).masked_scatter(self.rollouts.response_mask, logps)
         self.old += 0.4 * torch.randn(count, generator=generator)  # ratios on both sides of the clip range
         self.reference = self.old + 0.3 * torch.randn(count, generator=generator)
+        self.sampled = self.old + 0.3 * torch.randn(count, generator=generator)
         self.sequence_advantages = torch.tensor([1.3, -0.7, -1.1, 0.4])
         gamma = 1 + 0.5 * torch.rand(count, generator=generator).round() if per_token else torch.ones(count)
         self.advantages = gamma * self.sequence_advantages[self.rollouts.sequence_ids]
@@ -103,24 +108,32 @@ class Step:
 
     def logps(self, model, chosen):
         """[n] of the response tokens of `chosen`, each sequence run alone."""
+        return self.both(model, chosen)[0]
+
+    def both(self, model, chosen):
+        """Log-probs and entropy, [n] each."""
         r, parts = self.rollouts, []
         for i in chosen:
             tokens, prompt = r.token_ids[r.cu_seqlens[i] : r.cu_seqlens[i + 1]], int(r.prompt_lengths[i])
             hidden = model.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, prompt - 1 : -1]
-            parts.append(token_logps(hidden, model.lm_head, tokens[prompt:], num_chunks=3)[0])
-        return torch.cat(parts)
+            parts.append(token_logps(hidden, model.lm_head, tokens[prompt:], num_chunks=3, with_entropy=True))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def ours(self, model, chosen, config, *, correct_kl=True):
-        weights = token_weights(self.rollouts, chosen, config)
-        old, reference, advantages, weights = (
-            torch.cat(self.responses(column, chosen)) for column in (self.old, self.reference, self.advantages, weights)
-        )
-        a = config.algorithm
-        logps = self.logps(model, chosen)
-        loss, clipped = policy_loss(logps, old, advantages, epsilon=a.epsilon, epsilon_high=a.epsilon_high)
-        if a.beta:
-            loss = loss + a.beta * kl_k3(logps, reference, old if correct_kl else None)
-        return (weights * loss).sum(), clipped
+    def ours(self, model, chosen, config):
+        columns = {
+            "weights": token_weights(self.rollouts, chosen, config),
+            "mean_weights": mean_weights(self.rollouts, chosen, config),
+            "old_logps": self.old,
+            "reference_logps": self.reference,
+            "sampled_logps": self.sampled,
+            "advantages": self.advantages,
+        }
+        given = {name: torch.cat(self.responses(column, chosen)) for name, column in columns.items()}
+        lengths = self.rollouts.response_lengths[list(chosen)]
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        logps, entropy = self.both(model, chosen)
+        inputs = LossInputs(logps=logps, entropy=entropy, sequences=sequences, **given)
+        return micro_batch_loss(inputs, config.algorithm)
 
     def theirs(self, trainer, chosen, config):
         r = self.rollouts
@@ -144,7 +157,18 @@ class Step:
             "old_per_token_logps": padded(self.responses(self.old, chosen), "right")[0],
             "ref_per_token_logps": padded(self.responses(self.reference, chosen), "right")[0],
         }
+        if config.algorithm.vllm_importance_sampling_correction:
+            inputs["importance_sampling_ratio"] = self.their_ratio(config.algorithm, inputs, chosen)
         return trainer._compute_loss(trainer.model, inputs)
+
+    def their_ratio(self, a, inputs, chosen):
+        """[B, T] or [B, 1]; written out as `_generate_and_score_completions` has it, which cannot be called alone."""
+        sampled = padded(self.responses(self.sampled, chosen), "right")[0]
+        difference = (inputs["old_per_token_logps"] - sampled) * inputs["completion_mask"]
+        level, way = a.vllm_importance_sampling_mode.split("_")
+        ratio = torch.exp(difference.sum(-1, keepdim=True) if level == "sequence" else difference)
+        low, high = a.vllm_importance_sampling_clip_min or 0.0, a.vllm_importance_sampling_clip_max
+        return ratio.clamp(low, high) if way == "truncate" else ratio * ((ratio >= low) & (ratio <= high))
 
 
 def gradients(model, loss):
@@ -153,54 +177,74 @@ def gradients(model, loss):
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def set_up(trainer, config, *, accumulation, steps_per_generation, correct_kl=True):
+def set_up(trainer, config, *, accumulation, steps_per_generation):
     a = config.algorithm
     trainer.loss_type, trainer.beta = a.loss_type, a.beta
     trainer.epsilon_low = a.epsilon
     trainer.epsilon_high = a.epsilon if a.epsilon_high is None else a.epsilon_high
+    trainer.importance_sampling_level = a.importance_sampling_level
+    trainer.entropy_coef, trainer._entropy_bonus_enabled = a.entropy_coef, a.entropy_coef > 0
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = a.vllm_importance_sampling_correction
     trainer.current_gradient_accumulation_steps = accumulation
     trainer.args.steps_per_generation = steps_per_generation
-    trainer.args.use_bias_correction_kl = correct_kl
+    trainer.args.use_bias_correction_kl, trainer.args.delta = True, a.delta
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def correction(mode, **options):
+    return {
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": mode,
+        **{f"vllm_importance_sampling_{name}": value for name, value in options.items()},
+    }
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
 @pytest.mark.parametrize(
     ("options", "per_token"),
     [
         ({}, False),
         ({"epsilon_high": 0.28}, True),
-        ({"beta": 0.2}, True),
-        ({"mask_truncated_completions": True, "beta": 0.1}, True),
+        ({"beta": 0.2, "entropy_coef": 0.1}, True),
+        ({"mask_truncated_completions": True, "beta": 0.1, "entropy_coef": 0.1}, True),
+        ({"delta": 1.35, "epsilon_high": 0.3}, False),
+        ({"importance_sampling_level": "sequence", "beta": 0.2}, True),
+        (correction("token_truncate", clip_max=1.1), True),
+        (correction("token_mask", clip_max=1.5), True),
+        (correction("sequence_mask"), False),
+        (correction("sequence_truncate", clip_min=0.8) | {"importance_sampling_level": "sequence"}, False),
     ],
 )
 def test_loss_and_gradients_equal_trl(loss_type, options, per_token, model, trl_trainer):
-    config = run_config(loss_type=loss_type, **options)
+    if loss_type == "cispo":
+        options = options | {"epsilon_high": 1.2}
+    if loss_type == "luspo":
+        options = options | {"importance_sampling_level": "sequence"}
+    try:
+        config = run_config(loss_type=loss_type, **options)
+    except ValueError:
+        pytest.skip("refused at the door: the option would have no effect")
     step = Step(model, per_token=per_token, truncated=[False, False, True, False])
     everything = list(range(len(PROMPTS)))
     set_up(trl_trainer, config, accumulation=1, steps_per_generation=1)
     expected = step.theirs(trl_trainer, everything, config)
-    loss, clipped = step.ours(model, everything, config)
+    loss, measured = step.ours(model, everything, config)
 
-    assert abs(expected.item()) > 1e-3
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
+    wanted = gradients(model, expected)
+    assert max(gradient.abs().max() for gradient in wanted) > 1e-3
+    for ours, theirs in zip(gradients(model, loss), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-    if not config.algorithm.mask_truncated_completions:
+    by_token = config.algorithm.importance_sampling_level == "token" and loss_type in (
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "bnpo",
+    )
+    if by_token and not config.algorithm.mask_truncated_completions:
         logged = trl_trainer._metrics["train"]
-        for name, mask in clipped._asdict().items():
-            assert 0 < mask.float().mean() < 1
-            assert mask.float().mean().item() == pytest.approx(logged[f"clip_ratio/{name}_mean"][-1])
-
-
-def test_kl_without_the_importance_ratio_equals_trl(model, trl_trainer):
-    config = run_config(beta=0.2)
-    step = Step(model, per_token=True, truncated=[False] * 4)
-    set_up(trl_trainer, config, accumulation=1, steps_per_generation=1, correct_kl=False)
-    expected = step.theirs(trl_trainer, list(range(4)), config)
-    loss, _ = step.ours(model, range(4), config, correct_kl=False)
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(gradients(model, loss), gradients(model, expected), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):
+            assert 0 < measured[name].float().mean() < 1
+            assert measured[name].float().mean().item() == pytest.approx(logged[name][-1])
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
@@ -228,10 +272,11 @@ def test_uniform_credit_is_plain_grpo_bit_for_bit(scale_rewards):
     scores = Scores(old, entropy, signals_of(rollouts))
     gamma, _ = assign(rollouts, scores, advantages, CreditConfig(name="uniform"), seed=0, step=0)
     shaped = gamma * advantages[rollouts.sequence_ids]
-    token_loss, _ = policy_loss(logps, old, shaped, epsilon=0.2)
-    weights = token_weights(rollouts, range(6), run_config())
-    loss = (weights * token_loss)[rollouts.response_mask].sum()
-    (gradient,) = torch.autograd.grad(loss, logps)
+    mask = rollouts.response_mask
+    weights = token_weights(rollouts, range(6), run_config())[mask]
+    inputs = LossInputs(logps[mask], old[mask], shaped[mask], weights, rollouts.sequence_ids[mask])
+    loss, _ = micro_batch_loss(inputs, run_config().algorithm)
+    (gradient,) = torch.autograd.grad(loss, logps, retain_graph=True)
 
     # Plain GRPO: no credit anywhere.
     plain_advantages = []
@@ -248,7 +293,8 @@ def test_uniform_credit_is_plain_grpo_bit_for_bit(scale_rewards):
     plain = torch.cat(terms)
     (plain_gradient,) = torch.autograd.grad(plain.sum(), logps)
 
-    assert torch.equal((weights * token_loss)[rollouts.response_mask], plain)
+    token_loss, _ = clip(inputs, inputs.logps - inputs.old_logps, run_config().algorithm)
+    assert torch.equal(weights * token_loss, plain)
     assert torch.equal(loss, plain.sum())
     assert torch.equal(gradient, plain_gradient)
 
@@ -280,16 +326,82 @@ class _Holder:
         self.rollouts = rollouts
 
 
+def inputs_of(ratio, advantages, sequences=None, old=None):
+    """[n] tokens whose ratios to the old policy are `ratio`, with gradients at `logps`."""
+    ratio, advantages = torch.tensor(ratio), torch.tensor(advantages)
+    old = torch.zeros_like(ratio) if old is None else torch.tensor(old)
+    logps = (old + ratio.log()).requires_grad_()
+    sequences = torch.zeros(len(ratio), dtype=torch.int64) if sequences is None else torch.tensor(sequences)
+    return LossInputs(logps, old, advantages, torch.ones_like(ratio), sequences)
+
+
+def algorithm(**options):
+    return run_config(**options).algorithm
+
+
 def test_clipping_by_hand():
-    ratio = torch.tensor([0.5, 0.5, 1.0, 1.5, 1.5])
-    advantages = torch.tensor([2.0, -2.0, 2.0, 2.0, -2.0])
-    logps = ratio.log().requires_grad_()
-    loss, clipped = policy_loss(logps, torch.zeros(5), advantages, epsilon=0.2, epsilon_high=0.3)
+    inputs = inputs_of([0.5, 0.5, 1.0, 1.5, 1.5], [2.0, -2.0, 2.0, 2.0, -2.0])
+    loss, clipped = clip(inputs, inputs.logps - inputs.old_logps, algorithm(epsilon=0.2, epsilon_high=0.3))
     torch.testing.assert_close(loss.detach(), torch.tensor([-1.0, 1.6, -2.0, -2.6, 3.0]))
     assert clipped.low.tolist() == [False, True, False, False, False]
     assert clipped.high.tolist() == [False, False, False, True, False]
     loss.sum().backward()
-    torch.testing.assert_close(logps.grad, torch.tensor([-1.0, 0.0, -2.0, 0.0, 3.0]))
+    torch.testing.assert_close(inputs.logps.grad, torch.tensor([-1.0, 0.0, -2.0, 0.0, 3.0]))
+
+
+def test_dual_clip_by_hand():
+    inputs = inputs_of([1.5, 4.0, 4.0], [-1.0, -1.0, 1.0])
+    loss, _ = clip(inputs, inputs.logps - inputs.old_logps, algorithm(delta=3.0))
+    torch.testing.assert_close(loss.detach(), torch.tensor([1.5, 3.0, -1.2]))  # 3 in place of 4
+    loss.sum().backward()
+    torch.testing.assert_close(inputs.logps.grad, torch.tensor([1.5, 0.0, 0.0]))
+
+
+def test_cispo_by_hand():
+    inputs = inputs_of([0.5, 2.0, 8.0], [1.0, -1.0, 2.0], old=[-1.0, -2.0, -3.0])
+    loss, clipped = cispo(inputs, inputs.logps - inputs.old_logps, algorithm(loss_type="cispo", epsilon_high=5.0))
+    loss.sum().backward()
+    torch.testing.assert_close(inputs.logps.grad, torch.tensor([-0.5, 2.0, -10.0]))  # -min(r, 5) A: none is lost
+    assert clipped.high.tolist() == [False, False, True]
+
+
+def test_gspo_and_gspo_token_by_hand():
+    ratio, sequences = [1.0, 1.1, 0.9, 1.05], [0, 0, 0, 1]
+    mean = math.exp((math.log(1.0) + math.log(1.1) + math.log(0.9)) / 3)
+    grads = {}
+    for level in ("sequence", "sequence_token"):
+        for name, advantages in {"equal": [2.0, 2.0, 2.0, -1.0], "differing": [3.0, 2.0, 1.0, -1.0]}.items():
+            inputs = inputs_of(ratio, advantages, sequences)
+            loss, _ = micro_batch_loss(inputs, algorithm(importance_sampling_level=level))
+            loss.backward()
+            assert loss.item() == pytest.approx(-mean * sum(advantages[:3]) + 1.05, rel=1e-5)
+            grads[level, name] = inputs.logps.grad
+    # With one advantage a sequence the two agree; else GSPO spreads their mean, and GSPO-token pays each its own.
+    torch.testing.assert_close(grads["sequence", "equal"], grads["sequence_token", "equal"])
+    torch.testing.assert_close(grads["sequence", "differing"], torch.tensor([-2 * mean] * 3 + [1.05]))
+    expected = torch.tensor([-3 * mean, -2 * mean, -mean, 1.05])
+    torch.testing.assert_close(grads["sequence_token", "differing"], expected)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_a_micro_batch_without_tokens_keeps_its_graph(loss_type, level):
+    if loss_type == "vespo" and level != "token":
+        pytest.skip("refused at the door")
+    none = torch.zeros(0)
+    logps = none.clone().requires_grad_()
+    inputs = LossInputs(logps, none, none, none, none.long(), logps * 1, none, none, none)
+    options = algorithm(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=0.1,
+        entropy_coef=0.1,
+        epsilon_high=2.0,
+        **correction("token_truncate"),
+    )
+    loss, _ = micro_batch_loss(inputs, options)
+    loss.backward()
+    assert loss.item() == 0
 
 
 def test_k3_by_hand():
@@ -297,14 +409,33 @@ def test_k3_by_hand():
     kl = kl_k3(logps, torch.tensor([-1.0, -1.0, -1.5]))
     assert kl.dtype == torch.float32
     assert kl.tolist() == pytest.approx([0, math.e - 2, math.exp(-1)])
-    corrected = kl_k3(logps, torch.tensor([-1.0, -1.0, -1.5]), torch.tensor([-2.0, -3.0, -0.5]))
+    corrected = kl_k3(logps, torch.tensor([-1.0, -1.0, -1.5]), torch.tensor([1.0, 1.0, 0.0]))
     assert corrected.tolist() == pytest.approx([0, math.e * (math.e - 2), math.exp(-1)])
 
 
 def test_shapes_never_broadcast():
+    three, one = torch.zeros(3), torch.zeros(1)
     with pytest.raises(ValueError, match=r"advantages \(1,\)"):
-        policy_loss(torch.zeros(3), torch.zeros(3), torch.zeros(1), epsilon=0.2)
+        LossInputs(three, three, one, three, three.long())
     with pytest.raises(ValueError, match=r"reference_logps \(\)"):
-        kl_k3(torch.zeros(3), torch.zeros(()))
-    with pytest.raises(ValueError, match=r"old_logps \(1,\)"):
-        kl_k3(torch.zeros(3), torch.zeros(3), torch.zeros(1))
+        kl_k3(three, torch.zeros(()))
+    with pytest.raises(ValueError, match=r"log_ratio \(1,\)"):
+        kl_k3(three, three, one)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "cispo"}, "epsilon_high=None"),
+        ({"loss_type": "luspo"}, "importance_sampling_level"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "no effect"),
+        ({"loss_type": "sapo", "delta": 3.0}, "no effect"),
+        ({"delta": 1.1}, "above the upper clip range, 1.2"),
+        ({"vllm_importance_sampling_clip_min": 4.0}, "below vllm_importance_sampling_clip_max=3.0"),
+        ({"loss_type": "vespo", "vllm_importance_sampling_correction": True}, "token_truncate or token_mask"),
+        ({"overlong_buffer_tokens": LIMIT + 1}, "at most rollout.max_completion_length"),
+    ],
+)
+def test_settings_without_effect_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run_config(**options)

@@ -8,8 +8,8 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlattn.advantages import group_relative
 from rlattn.config import CreditConfig, RunConfig
+from rlattn.estimators.grpo import group_relative
 from rlattn.rollout.cluster import reserve, start_ray
 from rlattn.rollout.placement import plan
 from rlattn.trainers.policy import Policy

@@ -5,8 +5,8 @@ import ray
 import torch
 
 from rlattn import credit
-from rlattn.advantages import group_relative
 from rlattn.config import RunConfig
+from rlattn.estimators.grpo import group_relative
 from rlattn.problem import Problem, Verdict
 from rlattn.rollout.cluster import start_ray
 from rlattn.rollout.placement import plan
