@@ -24,17 +24,23 @@ class Plan:
     Attributes:
         policy: one seat a rank.
         engines: one seat an engine.
+        critic: one seat a rank, none without PPO.
     """
 
     policy: tuple[Seat, ...]
     engines: tuple[Seat, ...]
+    critic: tuple[Seat, ...] = ()
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """Everybody's."""
+        return self.policy + self.critic + self.engines
 
     @property
     def bundles(self) -> list[dict[str, float]]:
         """Ray resources of each bundle, in bundle order: the sum of what its seats reserve."""
-        seats = [*self.policy, *self.engines]
-        bundles: list[dict[str, float]] = [{} for _ in range(1 + max(seat.bundle for seat in seats))]
-        for seat in seats:
+        bundles: list[dict[str, float]] = [{} for _ in range(1 + max(seat.bundle for seat in self.seats))]
+        for seat in self.seats:
             bundle = bundles[seat.bundle]
             bundle["CPU"] = bundle.get("CPU", 0) + seat.cpus
             if seat.gpus:
@@ -44,12 +50,12 @@ class Plan:
     @property
     def cpus(self) -> int:
         """Logical CPUs that the run reserves."""
-        return sum(seat.cpus for seat in (*self.policy, *self.engines))
+        return sum(seat.cpus for seat in self.seats)
 
     @property
     def gpus(self) -> float:
         """GPUs that the run reserves."""
-        return sum(seat.gpus for seat in (*self.policy, *self.engines))
+        return sum(seat.gpus for seat in self.seats)
 
 
 def on_gpu(config: RunConfig) -> bool:
@@ -60,8 +66,8 @@ def on_gpu(config: RunConfig) -> bool:
 def plan(config: RunConfig, *, policy: bool = True) -> Plan:
     """Seats for every policy rank and engine; without `policy`, for the engines alone.
 
-    Each actor has a bundle of its own, except that with `policy.gpus_per_rank` below 1 engine i joins rank i's bundle
-    and takes the rest of its GPU.
+    Each actor has a bundle of its own, except that critic rank i joins policy rank i where both fit on its GPU (on CPUs
+    always), and that with a part of that GPU left engine i joins too and takes the rest.
 
     Raises:
         ConfigError: an engine of several GPUs cannot share one.
@@ -69,7 +75,12 @@ def plan(config: RunConfig, *, policy: bool = True) -> Plan:
     ranks = config.policy.ranks if policy else 0
     engines, width = config.rollout.num_engines, config.rollout.tensor_parallel_size
     share = config.policy.gpus_per_rank
-    colocated = policy and 0 < share < 1
+    critics = ranks if config.algorithm.name == "ppo" else 0
+    own = config.ppo.critic_gpus_per_rank
+    own = share if own is None else own
+    together = share + own <= 1
+    taken = share + own * bool(critics) * together  # of the first rank's GPU
+    colocated = policy and 0 < taken < 1
     if colocated and width > 1:
         raise ConfigError(
             f"`policy.gpus_per_rank` = {share} shares a GPU with an engine, which needs rollout.tensor_parallel_size=1 "
@@ -80,19 +91,23 @@ def plan(config: RunConfig, *, policy: bool = True) -> Plan:
             f"`rollout.tensor_parallel_size` = {width} needs GPUs (policy.gpus_per_rank > 0); set it to 1"
         )
     seated = tuple(Seat(f"policy rank {i}", i, config.policy.cpus_per_rank, share) for i in range(ranks))
+    beside = tuple(
+        Seat(f"critic rank {i}", i if together else ranks + i, config.policy.cpus_per_rank, own) for i in range(critics)
+    )
+    before = ranks if together else ranks + critics
     shared = min(ranks, engines) if colocated else 0
     seats = []
     for i in range(engines):
-        gpus = 1 - share if i < shared else float(width) if on_gpu(config) else 0.0
-        seats.append(Seat(f"engine {i}", i if i < shared else ranks + i - shared, 1, gpus))
-    return Plan(seated, tuple(seats))
+        gpus = 1 - taken if i < shared else float(width) if on_gpu(config) else 0.0
+        seats.append(Seat(f"engine {i}", i if i < shared else before + i - shared, 1, gpus))
+    return Plan(seated, tuple(seats), beside)
 
 
 def describe(plan: Plan) -> list[str]:
     """A line for each bundle, for `--dry-run`."""
     lines = [f"placement: {len(plan.bundles)} bundles, {plan.cpus} CPUs, {plan.gpus:g} GPUs"]
     for index in range(len(plan.bundles)):
-        seats = [seat for seat in (*plan.policy, *plan.engines) if seat.bundle == index]
+        seats = [seat for seat in plan.seats if seat.bundle == index]
         lines.append(f"  bundle {index}: " + " + ".join(_describe_seat(seat) for seat in seats))
     return lines
 

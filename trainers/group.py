@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
 
 from rlattn.config import RunConfig
 from rlattn.rollout.cluster import collect
@@ -53,6 +55,29 @@ class RankGroup:
         """The micro-batches of the sequences `chosen` (places in that list), or of all."""
         lengths = rollouts.lengths if chosen is None else rollouts.lengths[chosen]
         return packing.plan(lengths.tolist(), len(self.ranks), self.config.policy.tokens_per_micro_batch)
+
+    def cut(
+        self, rollouts: Rollouts, chosen: list[int], columns: dict[str, Tensor]
+    ) -> tuple[packing.Plan, list[list[packing.MicroBatch]]]:
+        """The micro-batches of one optimizer step on the sequences `chosen`, with `columns` [T] cut alongside."""
+        layout = [[[chosen[i] for i in micro] for micro in rank] for rank in self.plan(rollouts, chosen)]
+        return layout, packing.cut(rollouts, layout, self.config.policy.logits_chunk_tokens, **columns)
+
+    def mini_batches(
+        self, rollouts: Rollouts, step: int, columns: Callable[[list[int]], dict[str, Tensor]]
+    ) -> list[list[list[packing.MicroBatch]]]:
+        """[rank][optimizer step][micro-batch] of `num_iterations` passes over the batch, shuffled by (seed, step).
+
+        `columns` gives the [T] columns of the optimizer step on some sequences.
+        """
+        algorithm = self.config.algorithm
+        order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(self.config.seed + step))
+        shards: list[list[list[packing.MicroBatch]]] = [[] for _ in self.ranks]
+        for part in order.chunk(algorithm.steps_per_generation):
+            chosen = sorted(part.tolist())
+            for shard, piece in zip(shards, self.cut(rollouts, chosen, columns(chosen))[1], strict=True):
+                shard.append(piece)
+        return [shard * algorithm.num_iterations for shard in shards]
 
     def each(self, phase: str, shards: list[Any], call: Callable[[Any, Any], ray.ObjectRef]) -> list[Any]:
         """Every rank's answer about its own shard."""

@@ -21,16 +21,20 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per policy rank and per engine, by part; `parameters` is a count."""
+    """Bytes per policy rank, engine and, with PPO, critic rank, by part; `parameters` is a count."""
 
     parameters: int
     policy: dict[str, float]
     engine: dict[str, float]
+    critic: dict[str, float] | None = None
 
     def lines(self) -> list[str]:
         """Readable lines, in GiB."""
         out = [f"model: {self.parameters / 1e6:,.1f}M parameters"]
-        for name, parts in (("policy rank", self.policy), ("engine", self.engine)):
+        named = {"policy rank": self.policy, "engine": self.engine, "critic rank": self.critic}
+        for name, parts in named.items():
+            if parts is None:
+                continue
             detail = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
             out.append(f"{name}: {sum(parts.values()) / GIB:.2f} GiB ({detail})")
         return out
@@ -63,16 +67,19 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     responses = config.trainer.prompts_per_step * config.rollout.num_generations / config.rollout.num_engines
     traces_flow = "flow" in needed(config.credit.name)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
+    trained = {
+        "weights": size * parameters / (ranks if stage == 3 else 1),
+        "gradients": 4 * parameters / (ranks if stage >= 2 else 1),
+        "optimizer": optimizer / (ranks if stage >= 1 else 1),
+        "activations": tokens * width * layers * kept * size,
+    }
     return MemoryEstimate(
         parameters,
         {
-            "weights": size * parameters / (ranks if stage == 3 else 1),
-            "gradients": 4 * parameters / (ranks if stage >= 2 else 1),
-            "optimizer": optimizer / (ranks if stage >= 1 else 1),
-            "activations": tokens * width * layers * kept * size,
+            **trained,
             "logits": 3 * 4 * policy.logits_chunk_tokens * shape.vocab_size,
             "flow map": tokens * longest * (1 if config.signals.flow.storage == "bfloat16" else 2) * traces_flow,
-            "reference": (size * parameters / (ranks if stage == 3 else 1)) if config.algorithm.beta else 0,
+            "reference": (size * parameters / (ranks if stage == 3 else 1)) if config.needs_reference else 0,
         },
         {
             "weights": size * parameters / config.rollout.tensor_parallel_size,
@@ -80,4 +87,5 @@ def estimate(config: RunConfig) -> MemoryEstimate:
             if config.rollout.kv_cache_gib
             else kv_token * responses * longest,
         },
+        trained if config.algorithm.name == "ppo" else None,
     )

@@ -55,13 +55,7 @@ class Policy(RankGroup):
         columns = {"old_logps": scores.logps, "advantages": advantages}
         if scores.reference_logps is not None:
             columns["reference_logps"] = scores.reference_logps
-        order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(self.config.seed + step))
-        shards: list[list[list[packing.MicroBatch]]] = [[] for _ in self.ranks]  # [rank][mini-batch][micro-batch]
-        for chosen in order.chunk(algorithm.steps_per_generation):
-            _, pieces = self._cut(rollouts, sorted(chosen.tolist()), columns)
-            for shard, piece in zip(shards, pieces, strict=True):
-                shard.append(piece)
-        shards = [shard * algorithm.num_iterations for shard in shards]
+        shards = self.mini_batches(rollouts, step, lambda chosen: self._loss_columns(rollouts, chosen, columns))
         results = self.each("update", shards, lambda rank, shard: rank.update.remote(shard))
         return update_metrics(results, algorithm.steps_per_generation * algorithm.num_iterations)
 
@@ -77,7 +71,10 @@ class Policy(RankGroup):
             step: of the run.
         """
         spread = advantages[rollouts.sequence_ids]  # [T]
-        layout, shards = self._cut(rollouts, list(range(len(rollouts))), {"advantages": spread})
+        everything = list(range(len(rollouts)))
+        layout, shards = self.cut(
+            rollouts, everything, self._loss_columns(rollouts, everything, {"advantages": spread})
+        )
         given = _tensor(groups)
         results = self.each("update", shards, lambda rank, shard: rank.train.remote(shard, given, step))
         scores, columns = self._restore(rollouts, layout, [own for own, _ in results])
@@ -90,18 +87,15 @@ class Policy(RankGroup):
         """The current weights as object references, each a bucket `{Hugging Face name: CPU tensor}`."""
         return self.all("gather weights", [rank.weights.remote() for rank in self.ranks])[0]
 
-    def _cut(
-        self, rollouts: Rollouts, chosen: list[int], columns: dict[str, Tensor]
-    ) -> tuple[packing.Plan, list[list[packing.MicroBatch]]]:
-        """The micro-batches of one optimizer step on the sequences `chosen`, with their loss weights."""
-        columns = {"weights": losses.token_weights(rollouts, chosen, self.config), **columns}
-        if self.config.algorithm.entropy_coef:
+    def _loss_columns(self, rollouts: Rollouts, chosen: list[int], columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`columns` with what else the loss of an optimizer step on `chosen` reads, [T] each."""
+        algorithm = self.config.algorithm
+        columns = columns | {"weights": losses.token_weights(rollouts, chosen, self.config)}
+        if algorithm.entropy_coef:
             columns["mean_weights"] = losses.mean_weights(rollouts, chosen, self.config)
-        if self.config.algorithm.vllm_importance_sampling_correction:
+        if algorithm.vllm_importance_sampling_correction:
             columns["sampled_logps"] = rollouts.sampled_logps
-        layout = [[[chosen[i] for i in micro] for micro in rank] for rank in self.plan(rollouts, chosen)]
-        chunk = self.config.policy.logits_chunk_tokens
-        return layout, packing.cut(rollouts, layout, chunk, **columns)
+        return columns
 
     def _restore(
         self, rollouts: Rollouts, layout: packing.Plan, results: list[ShardScores]

@@ -23,10 +23,13 @@ from rlattn.rollout.pool import RolloutPool, encode_prompts
 from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
 from rlattn.trainers.checkpoint import Checkpoints
+from rlattn.trainers.critic import Critic
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.trainers.memory import shape_of
 from rlattn.trainers.model import captured_layers, out_of_reach
 from rlattn.trainers.policy import Policy
+from rlattn.trainers.ppo import PPOTrainer
+from rlattn.trainers.trainer import Trainer
 from rlattn.trainers.warmup import warmup
 from rlattn.verifiers.pool import VerifierPool
 
@@ -72,7 +75,7 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
 
 def loop(
     config: RunConfig,
-    trainer: GRPOTrainer,
+    trainer: Trainer,
     tracker: Tracker,
     checkpoints: Checkpoints,
     checkpoint: Path | None,
@@ -82,7 +85,7 @@ def loop(
     """Steps from the checkpoint's (or 0) to the last; each logs a line, some evaluate, some are saved."""
 
     def write(folder: Path) -> None:
-        trainer.policy.save(folder)
+        trainer.save(folder)
         tokenizer.save_pretrained(folder / "model")
 
     first, last = 0, config.trainer.steps
@@ -118,7 +121,7 @@ def start(
     reference_path: str,
     checkpoint: Path | None,
     console: Console,
-) -> Iterator[GRPOTrainer]:
+) -> Iterator[Trainer]:
     """Ray, engines and policy, loaded side by side; all of it gone when the block ends."""
     layout = plan(config)
     with console.phase("starting Ray"):
@@ -128,12 +131,21 @@ def start(
         group = reserve(config, layout)
         with console.phase("loading vLLM and the policy"), ThreadPoolExecutor(1) as side:
             policy = Policy(config, layout, group)
-            loaded = side.submit(policy.load, model_path, reference_path, checkpoint)
+            critic = Critic(config, layout, group) if layout.critic else None
+
+            def load() -> None:
+                policy.load(model_path, reference_path, checkpoint)
+                if critic:
+                    path = str(checkpoint / "critic" / "model") if checkpoint else config.ppo.critic_path
+                    critic.load(path or reference_path, checkpoint / "critic" if checkpoint else None)
+
+            loaded = side.submit(load)
             version = Checkpoints.step_of(checkpoint) if checkpoint else 0
             rollout = RolloutPool(config, model_path, tokenizer, plan=layout, group=group, version=version)
             loaded.result()
         with VerifierPool() as verifiers:
-            yield GRPOTrainer(config, task, rollout, policy, verifiers, benchmarks)
+            parts = config, task, rollout, policy, verifiers, benchmarks
+            yield PPOTrainer(*parts, critic=critic) if critic else GRPOTrainer(*parts)
     finally:
         ray.shutdown()
 

@@ -63,7 +63,7 @@ class PolicyWorker(Rank):
         self.layers = captured_layers(signals, self.lm.config)
         self.receivers = signals.fai_low if signals.heads.select == "receiver" else None
         self.reference = None
-        if self.config.algorithm.beta:
+        if self.config.needs_reference:
             reference = load_model(self.config.model, reference_path)
             self.reference = self.frozen(PolicyModel(reference, self.config.rollout.temperature))
 
@@ -121,11 +121,11 @@ class PolicyWorker(Rank):
         columns = {}
         if self.reference is not None:
             with torch.no_grad():
-                columns["reference_logps"] = _spread(micro, self.reference(micro)[0])
+                columns["reference_logps"] = spread(micro, self.reference(micro)[0])
         flow = self._flow_map(micro) if "flow" in self.extra else None
         capture = Capture(self.layers, self.options, micro.response_starts, spans=spans, flow=flow)
         logps, entropy = self.engine(micro, capture=capture, with_entropy=True)
-        columns |= {"logps": _spread(micro, logps), "entropy": _spread(micro, entropy)}
+        columns |= {"logps": spread(micro, logps), "entropy": spread(micro, entropy)}
         bounds = micro.cu_seqlens, micro.response_starts
         rows = SignalRows.collect(
             capture.statistics,
@@ -177,7 +177,7 @@ class PolicyWorker(Rank):
         return [ray.put(bucket) for bucket in self.buckets()]
 
 
-def _spread(micro: MicroBatch, values: Tensor) -> Tensor:
+def spread(micro: MicroBatch, values: Tensor) -> Tensor:
     """[n] response values to [t] on the CPU, detached, 0 on prompts."""
     whole = torch.zeros(len(micro.token_ids), dtype=torch.float32)
     whole[micro.response_indices] = values.detach().float().cpu()

@@ -8,6 +8,7 @@ what `--dry-run` prints is what runs.
 from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
 from rlattn.config.model import ModelConfig, WarmupConfig
 from rlattn.config.policy import OWNED_DEEPSPEED_KEYS, PolicyConfig
+from rlattn.config.ppo import PPOConfig
 from rlattn.config.read import describe, differences, load_config, override, read_tree, validate
 from rlattn.config.rollout import RolloutConfig
 from rlattn.config.run import FREE, RunConfig
@@ -25,6 +26,7 @@ __all__ = [
     "FlowConfig",
     "HeadsConfig",
     "ModelConfig",
+    "PPOConfig",
     "PolicyConfig",
     "Positive",
     "RayConfig",

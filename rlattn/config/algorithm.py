@@ -51,6 +51,8 @@ class CreditConfig(Section):
 class AlgorithmConfig(Section):
     """GRPO's family: advantages, objective and loss; names are TRL's."""
 
+    name: Literal["grpo", "ppo"] = "grpo"
+    """GRPO and its family take advantages from groups, PPO from a critic (see `ppo`): a file in `trainers/`."""
     estimator: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
     """How rewards become advantages: a file in `rlattn/estimators`."""
     loss_type: str = "grpo"

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
 from rlattn.config.model import ModelConfig
 from rlattn.config.policy import PolicyConfig
+from rlattn.config.ppo import PPOConfig
 from rlattn.config.rollout import RolloutConfig
 from rlattn.config.section import Section
 from rlattn.config.signals import SignalsConfig
@@ -39,6 +40,8 @@ class RunConfig(Section):
     """Per-token credit."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """Advantage and loss."""
+    ppo: PPOConfig = PPOConfig()
+    """The critic."""
     policy: PolicyConfig = PolicyConfig()
     """The trained model."""
     trainer: TrainerConfig = TrainerConfig()
@@ -70,9 +73,25 @@ class RunConfig(Section):
                 f"algorithm.overlong_buffer_tokens={self.algorithm.overlong_buffer_tokens} must be at most "
                 f"rollout.max_completion_length={self.rollout.max_completion_length}"
             )
+        if self.algorithm.name == "ppo":
+            self._check_ppo()
         if self.signals.forward == "train":
             self._check_training_forward()
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """A KL to the starting policy is in the loss or in the reward."""
+        return self.algorithm.beta > 0 or (self.algorithm.name == "ppo" and self.ppo.kl_coef > 0)
+
+    def _check_ppo(self) -> None:
+        if self.signals.forward == "train":
+            raise ValueError("signals.forward=train is GRPO's; PPO needs the old log-probs first, set it to score")
+        if self.algorithm.estimator != "grpo":
+            raise ValueError(
+                f"algorithm.estimator={self.algorithm.estimator} has no effect with algorithm.name=ppo, whose "
+                "advantages are the critic's; leave it out"
+            )
 
     def _check_training_forward(self) -> None:
         iterations, steps = self.algorithm.num_iterations, self.algorithm.steps_per_generation

@@ -135,6 +135,28 @@ def assign(
     return gamma, spending(gamma, rollouts.response_mask, amplified)
 
 
+def assign_tokens(
+    rollouts: Rollouts,
+    scores: Scores,
+    advantages: Tensor,
+    config: CreditConfig,
+    *,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, dict[str, float]]:
+    """`assign` where every token has an advantage of its own, [T] fp32: `config.sign` then goes by the token's.
+
+    With `sign: both` equal to `assign`.
+    """
+    both = config.model_copy(update={"sign": "both"})
+    gamma, metrics = assign(rollouts, scores, torch.zeros(len(rollouts)), both, seed=seed, step=step)
+    if config.sign == "both":
+        return gamma, metrics
+    gamma = torch.where((advantages >= 0) == (config.sign == "positive"), gamma, 1.0)
+    mask = rollouts.response_mask
+    return gamma, spending(gamma, mask, int((gamma[mask] > 1).sum()))
+
+
 def assign_packed(
     columns: Mapping[str, Tensor],
     responses: PackedResponses,

@@ -94,3 +94,26 @@ def test_checks_at_the_door_import_neither_ray_nor_vllm() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("share", "own", "engines", "bundles"),
+    [
+        (0, None, 1, [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}]),
+        (0.25, 0.25, 2, [{"CPU": 3, "GPU": 1}] * 2),  # rank, critic and engine on one GPU
+        (0.5, None, 1, [{"CPU": 2, "GPU": 1}] * 2 + [{"CPU": 1, "GPU": 1}]),
+        (1, None, 1, [{"CPU": 1, "GPU": 1}] * 4 + [{"CPU": 1, "GPU": 1}]),
+    ],
+)
+def test_a_critic_joins_its_rank_where_both_fit(
+    share: float, own: float | None, engines: int, bundles: list[dict[str, float]]
+) -> None:
+    config = run_config(
+        policy={"gpus_per_rank": share, "ranks": 2},
+        rollout={"num_engines": engines},
+        algorithm={"name": "ppo"},
+        ppo={"critic_gpus_per_rank": own},
+    )
+    assert plan(config).bundles == bundles
+    assert [seat.name for seat in plan(config).critic] == ["critic rank 0", "critic rank 1"]
+    assert "critic rank 0" in "\n".join(describe(plan(config)))

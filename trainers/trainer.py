@@ -1,0 +1,124 @@
+"""What the trainers of all algorithms do alike: sample and reward a batch, evaluate, save.
+
+One driver process owns the algorithm; Ray actors own the devices. Everything random is a function of (seed, step), so
+a resumed run repeats an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rlattn import answers, metrics, rewards
+from rlattn.config import RunConfig
+from rlattn.data import PromptSchedule
+from rlattn.dynamic_sampling import fill
+from rlattn.evaluation.in_training import evaluate
+from rlattn.problem import Problem
+from rlattn.rollout.pool import RolloutPool
+from rlattn.signals import signal_metrics
+from rlattn.tasks import Task
+from rlattn.timing import PhaseTimer
+from rlattn.trainers.policy import Policy
+from rlattn.types import Rollouts, Scores
+from rlattn.verifiers.pool import VerifierPool
+
+EVAL_SEED = 1_000_003  # added to the run's seed, so that no evaluation repeats a training step's draws
+
+REFILL_SEED = 2_000_003  # likewise, for the prompts of further draws: a step's own stay a function of its number
+
+
+class Batch(NamedTuple):
+    """One step's rollouts with what was made of them: scores, gamma [T] and advantage [B]."""
+
+    rollouts: Rollouts
+    scores: Scores
+    gamma: Tensor
+    advantage: Tensor
+
+
+class Trainer(ABC):
+    """An algorithm over a pool of engines and a policy; a subclass says what a `step` is."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        rollout: RolloutPool,
+        policy: Policy,
+        verifiers: VerifierPool,
+        benchmarks: Sequence[Task] = (),
+    ) -> None:
+        self.config, self.task, self.rollout, self.policy, self.verifiers = config, task, rollout, policy, verifiers
+        self.asked = {"eval": task} | {  # what evaluation asks, by the prefix of its metrics
+            f"eval/{named.name}": task for named, task in zip(config.trainer.eval_tasks, benchmarks, strict=True)
+        }
+        self.prompts = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed)
+        self.refills = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed + REFILL_SEED)
+        self.groups: list[list[int]] | None = None  # the last step's head groups, for reuse and turnover
+
+    @abstractmethod
+    def step(self, step: int) -> tuple[dict[str, float], Batch]:
+        """One batch of rollouts, its update, weights back into the engines.
+
+        Returns the metrics, and the batch for the report.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write what the models of this algorithm have learned under `folder`."""
+        self.policy.save(folder)
+
+    def sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:
+        """The step's completions with their rewards; with `algorithm.filter_groups`, of groups whose rewards differ."""
+        config, filtering = self.config, self.config.algorithm.filter_groups
+        most, generations = config.algorithm.max_num_gen_batches, config.rollout.num_generations
+
+        def draw(index: int) -> Rollouts:
+            prompts = self.refills.at(step * (most - 1) + index - 1) if index else self.prompts.at(step)
+            with timer("generate"):
+                first = index * len(prompts) * generations
+                rollouts = self.rollout.generate(prompts, generations, seed=config.seed, step=step, first=first)
+            with timer("reward"):
+                return rewards.score(rollouts, self.task, self.verifiers, config)
+
+        return fill(draw, config.trainer.prompts_per_step, most) if filtering else (draw(0), {})
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on the test sets under the current weights; the same draws each time, so that steps compare."""
+        trainer, timer = self.config.trainer, PhaseTimer()
+
+        def generate(problems: list[Problem], samples: int) -> Rollouts:
+            seed = self.config.seed + EVAL_SEED
+            return self.rollout.generate(problems, samples, seed=seed, step=0, temperature=trainer.eval_temperature)
+
+        results: dict[str, float] = {}
+        with timer("eval"):
+            for name, task in self.asked.items():
+                results |= evaluate(task, generate, trainer.eval_samples, self.verifiers, name)
+        return results | {"timing_s/eval": timer.phases["eval"]}
+
+    def located(self, rollouts: Rollouts) -> Rollouts:
+        """The batch with the answers found that credit `flow` starts from, where it is asked for."""
+        if "flow" not in self.policy.extra:
+            return rollouts
+        return answers.locate(rollouts, self.task, self.rollout.tokenizer)
+
+    def measured(
+        self, rollouts: Rollouts, scores: Scores, timer: PhaseTimer, *parts: dict[str, float]
+    ) -> dict[str, float]:
+        """The metrics of a step; remembers its head groups for the next."""
+        whole: dict[str, float] = {}
+        for part in (
+            metrics.rollout_metrics(rollouts),
+            metrics.sampling_metrics(rollouts, scores),
+            signal_metrics(scores.signals, rollouts, self.groups),
+            *parts,
+            timer.metrics(tokens=len(rollouts.token_ids)),
+        ):
+            whole |= part
+        self.groups = scores.signals.groups.tolist()
+        return whole
