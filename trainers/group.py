@@ -51,6 +51,10 @@ class RankGroup:
         """Write optimizer state and a Hugging Face model under `folder`."""
         self.all("save", [rank.save.remote(str(folder)) for rank in self.ranks])
 
+    def peak_memory(self) -> int:
+        """The most that any rank's tensors took of its GPU since this was last asked, bytes."""
+        return max(self.all("memory", [rank.peak_memory.remote() for rank in self.ranks]))
+
     def plan(self, rollouts: Rollouts, chosen: list[int] | None = None) -> packing.Plan:
         """The micro-batches of the sequences `chosen` (places in that list), or of all."""
         lengths = rollouts.lengths if chosen is None else rollouts.lengths[chosen]

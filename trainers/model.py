@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from rlattn.config import ConfigError, ModelConfig, SignalsConfig
 from rlattn.kernels import Capture, capture_layers, register
-from rlattn.logprobs import token_logps
+from rlattn.trainers.head import response_logps
 from rlattn.trainers.packing import MicroBatch
 
 
@@ -40,7 +40,7 @@ class PolicyModel(nn.Module):
             cu_seqlens=micro.cu_seqlens,
             capture=capture,
         ).last_hidden_state[0]  # [t, d]
-        logps, entropy = token_logps(
+        logps, entropy = response_logps(
             hidden[(rows - 1).to(device)],  # [n, d]; the logits at t-1 draw token t
             self.lm.get_output_embeddings(),
             micro.token_ids[rows].to(device),

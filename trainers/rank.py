@@ -93,8 +93,13 @@ class Rank:
         import deepspeed
 
         policy, algorithm = self.config.policy, self.config.algorithm
+        model = model.to(self.device)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=policy.betas, weight_decay=policy.weight_decay
+            model.parameters(),
+            lr=learning_rate,
+            betas=policy.betas,
+            weight_decay=policy.weight_decay,
+            fused=self.device.type == "cuda",
         )
         scheduler = get_scheduler(
             {"constant": "constant_with_warmup"}.get(policy.lr_schedule, policy.lr_schedule),
@@ -103,7 +108,7 @@ class Rank:
             num_training_steps=self.config.trainer.steps * algorithm.num_iterations * algorithm.steps_per_generation,
         )
         return deepspeed.initialize(
-            model=model.to(self.device),
+            model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
             config=deepspeed_config(policy, self.config.model.dtype),
@@ -124,6 +129,14 @@ class Rank:
         engine = deepspeed.initialize(model=model.eval().to(self.device), config=block)[0]
         engine.eval()
         return engine
+
+    def peak_memory(self) -> int:
+        """Bytes of the GPU that tensors took at most since this was last asked; 0 on a CPU."""
+        if self.device.type == "cpu":
+            return 0
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
 
     def summary(self, learned: list[dict[str, float]], steps: int) -> dict[str, float]:
         """Sums over the tokens of `steps` optimizer steps, mean gradient norm, and the learning rate now."""

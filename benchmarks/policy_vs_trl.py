@@ -1,0 +1,313 @@
+"""Scoring and updating a policy: tokens a second and peak memory beside TRL's GRPOTrainer, on the same batch.
+
+    python -P benchmarks/policy_vs_trl.py                  # H100: 0.6B and 4B shapes, 1K and 8K tokens
+    python -P benchmarks/policy_vs_trl.py --shapes tiny    # a CPU, to see that it runs
+
+Random weights of Qwen3's shapes, no generation. `score` gives old log-probs (ours: entropy and attention signals too),
+`update` is forward, backward, clipping and AdamW. Each side runs in a process of its own, with bf16 matrix products,
+fp32 master weights and moments, gradient checkpointing, and the whole batch in one micro-batch where it fits 16,384
+tokens. TRL pads, as it does for its users; ours is packed. Log-probs, loss and gradient norm are compared in the same
+run, and the figures count only where they agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+SHAPES = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
+}
+VOCABULARY = {"tiny": 512}
+CASES = {  # prompt tokens, longest and shortest completion, sequences
+    "1k": (128, 896, 128, 16),
+    "1k-equal": (128, 896, 896, 16),
+    "8k": (128, 8064, 1024, 4),
+    "8k-equal": (128, 8064, 8064, 2),
+    "tiny": (8, 56, 8, 8),
+}
+TOKENS_PER_MICRO_BATCH = 16384
+RUNS = 5
+
+
+def batch(case: str, vocabulary: int):
+    """Rollouts with rewards, and advantages [B]; the same on both sides."""
+    from rlattn.estimators.grpo import group_relative
+    from rlattn.problem import Problem
+    from rlattn.types import Rollouts
+
+    prompt, longest, shortest, count = CASES[case]
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator)
+    lengths[0] = longest
+    total = int((lengths + prompt).sum())
+    rewards, groups = torch.rand(count, generator=generator), torch.arange(count) // 2
+    rollouts = Rollouts(
+        token_ids=torch.randint(0, vocabulary, (total,), generator=generator),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + prompt).cumsum(0)]),
+        prompt_lengths=torch.full((count,), prompt),
+        sampled_logps=torch.zeros(total),
+        group_ids=groups,
+        truncated=torch.zeros(count, dtype=torch.bool),
+        policy_version=torch.zeros(count, dtype=torch.int64),
+        rewards=rewards,
+        texts=[""] * count,
+        problems=[Problem(str(i), "", None) for i in range(count)],
+        reward_parts={},
+    )
+    return rollouts, group_relative(rewards, groups, "group")[0]
+
+
+def timed(call, device, peak):
+    """Median seconds of RUNS calls after one to warm up, and the most memory of these, GiB."""
+    call()
+    peak()
+    seconds = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "gib": peak() / 2**30}
+
+
+def ours(model: str, shape: str, cases: list[str], device: str, write) -> None:
+    import ray
+
+    from rlattn.config import RunConfig
+    from rlattn.rollout.cluster import reserve, start_ray
+    from rlattn.rollout.placement import plan
+    from rlattn.trainers.policy import Policy
+
+    longest = max(CASES[case][1] for case in cases)
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": model, "dtype": "bfloat16" if device == "cuda" else "float32"},
+            "rollout": {"max_prompt_length": 128, "max_completion_length": longest, "num_generations": 2},
+            "policy": {
+                "gpus_per_rank": 1 if device == "cuda" else 0,
+                "cpus_per_rank": 4 if device == "cuda" else 1,
+                "gradient_checkpointing": True,
+                "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
+                # 4B: fp32 gradients beside fp32 master weights and moments do not fit an H100
+                "deepspeed": {"zero_optimization": {"stage": 1}}
+                | ({"data_types": {"grad_accum_dtype": "bf16"}} if shape == "4b" else {}),
+            },
+            "trainer": {"prompts_per_step": 1},
+        }
+    )
+    layout = plan(config)
+    start_ray(config, layout)
+    group = reserve(config, layout)
+    policy = Policy(config, layout, group)
+    policy.load(model, model, None)
+    for case in cases:
+        rollouts, advantage = batch(case, VOCABULARY.get(shape, 151_936))
+        shaped = advantage[rollouts.sequence_ids]
+        scores = policy.score(rollouts)
+        first = policy.update(rollouts, scores, shaped, 0)
+        checks = {
+            "logps": scores.logps[rollouts.response_mask].tolist(),
+            "loss": first["loss"],
+            "grad_norm": first["grad_norm"],
+        }
+        scoring = timed(lambda r=rollouts: policy.score(r), device, policy.peak_memory)
+        updating = timed(lambda r=rollouts, s=scores, a=shaped: policy.update(r, s, a, 0), device, policy.peak_memory)
+        write(case, {"tokens": len(rollouts.token_ids), "score": scoring, "update": updating}, checks)
+    ray.shutdown()
+
+
+def padded(rows, side):
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+def theirs(model: str, shape: str, cases: list[str], device: str, write) -> None:
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = {f"w{i}": i for i in range(50)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w2"
+    )
+    gpu = device == "cuda"
+    args = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=not gpu,
+        bf16=gpu,
+        model_init_kwargs={"dtype": "float32"},  # master weights, as ours
+        gradient_checkpointing=True,
+        report_to=[],
+        max_completion_length=max(CASES[case][1] for case in cases),
+        num_generations=2,
+        per_device_train_batch_size=2,
+        beta=0.0,
+        loss_type="grpo",
+        learning_rate=1e-6,
+        max_grad_norm=1.0,
+    )
+    data = Dataset.from_list([{"prompt": "w3"}] * 4)
+    trainer = GRPOTrainer(
+        model, reward_funcs=lambda completions, **_: [0.0], args=args, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.create_optimizer()
+    network, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = 1
+    if args.gradient_checkpointing:
+        network.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def peak() -> int:
+        if not gpu:
+            return 0
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most
+
+    for case in cases:
+        rollouts, advantage = batch(case, VOCABULARY.get(shape, 151_936))
+        starts, ends = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist(), rollouts.cu_seqlens[1:].tolist()
+        begins = rollouts.cu_seqlens[:-1].tolist()
+        prompts = [rollouts.token_ids[a:b] for a, b in zip(begins, starts, strict=True)]
+        answers = [rollouts.token_ids[a:b] for a, b in zip(starts, ends, strict=True)]
+        prompt_ids, prompt_mask = padded(prompts, "left")
+        completion_ids, completion_mask = padded(answers, "right")
+        inputs = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": completion_ids,
+            "completion_mask": completion_mask,
+            "advantages": advantage,
+            "num_items_in_batch": completion_mask.sum(),
+        }
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        rows = max(1, TOKENS_PER_MICRO_BATCH // (prompt_ids.shape[1] + completion_ids.shape[1]))  # padded tokens
+        pieces = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+
+        def score(ids=ids, mask=mask, width=completion_ids.shape[1], rows=rows):
+            network.eval()
+            with torch.no_grad():
+                return trainer._get_per_token_logps_and_entropies(network, ids, mask, width, rows)[0]
+
+        old = score()
+
+        def update(inputs=inputs, old=old, pieces=pieces):
+            network.train()
+            whole, total = inputs | {"old_per_token_logps": old}, 0.0
+            for piece in pieces:
+                part = {name: tensor[piece] if tensor.ndim else tensor for name, tensor in whole.items()}
+                share = len(part["advantages"]) / len(whole["advantages"])
+                loss = trainer._compute_loss(network, part) * share
+                trainer.accelerator.backward(loss)
+                total += loss.item()
+            norm = trainer.accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            return total, float(norm)
+
+        loss, norm = update()
+        checks = {"logps": old[inputs["completion_mask"].bool()].tolist(), "loss": loss, "grad_norm": norm}
+        scoring, updating = timed(score, device, peak), timed(update, device, peak)
+        write(case, {"tokens": len(rollouts.token_ids), "score": scoring, "update": updating}, checks)
+
+
+def agreement(own: dict, other: dict) -> dict:
+    """How far two sides' first scores and update are apart; `equal` within the noise of bf16."""
+    a, b = torch.tensor(own["logps"]), torch.tensor(other["logps"])
+    found = {
+        "logps_mean_abs": (a - b).abs().mean().item(),
+        "logps_max_abs": (a - b).abs().max().item(),
+        "loss": [own["loss"], other["loss"]],
+        "grad_norm": [own["grad_norm"], other["grad_norm"]],
+    }
+    norms = abs(own["grad_norm"] / other["grad_norm"] - 1)
+    found["equal"] = found["logps_mean_abs"] < 0.02 and norms < 0.03 and abs(own["loss"] - other["loss"]) < 1e-2
+    return found
+
+
+def make_model(shape: str, folder: str) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = SHAPES[shape] | {"num_key_value_heads": 2 if shape == "tiny" else 8}
+    sizes |= {"head_dim": 32 if shape == "tiny" else 128, "vocab_size": VOCABULARY.get(shape, 151_936)}
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True, max_position_embeddings=40_960))
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", nargs="+", default=["0.6b", "4b"], choices=SHAPES)
+    parser.add_argument("--cases", nargs="+", default=None, choices=CASES)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policy_vs_trl.json"))
+    parser.add_argument("--side", choices=["ours", "theirs"])
+    parser.add_argument("--model")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.side:
+        (shape,) = args.shapes
+
+        def write(case: str, measured: dict, checks: dict) -> None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"{case}-{args.side}.json").write_text(json.dumps({"measured": measured, "checks": checks}))
+
+        return (ours if args.side == "ours" else theirs)(args.model, shape, args.cases, device, write)
+
+    from rlattn.versions import installed_versions
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    packages = installed_versions(["torch", "transformers", "trl", "deepspeed", "ray", "triton"])
+    result: dict = {"device": name, "versions": packages, "runs": RUNS, "cases": {}}
+    for shape in args.shapes:
+        cases = args.cases or (["tiny"] if shape == "tiny" else [case for case in CASES if case != "tiny"])
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(shape, folder)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            for side in ("theirs", "ours"):
+                command = [sys.executable, "-P", __file__, "--side", side, "--shapes", shape, "--model", folder]
+                command += ["--out", f"{folder}/out", "--cases", *cases]
+                done = subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}, timeout=900)
+                if done.returncode:
+                    print(f"{shape} {side}: failed with {done.returncode}", file=sys.stderr)
+            for case in cases:
+                found = {side: Path(folder, "out", f"{case}-{side}.json") for side in ("ours", "theirs")}
+                sides = {side: json.loads(path.read_text()) for side, path in found.items() if path.exists()}
+                line: dict = {side: both["measured"] for side, both in sides.items()}
+                if len(sides) == 2:
+                    line["agreement"] = agreement(*(both["checks"] for both in sides.values()))
+                    for phase in ("score", "update"):
+                        line[f"{phase}_speedup"] = line["theirs"][phase]["seconds"] / line["ours"][phase]["seconds"]
+                for both in sides.values():
+                    for phase in ("score", "update"):
+                        own = both["measured"][phase]
+                        own["tokens_per_second"] = both["measured"]["tokens"] / own["seconds"]
+                result["cases"][f"{shape} {case}"] = line
+                print(shape, case, json.dumps(line))
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
