@@ -97,7 +97,9 @@ def ours(model: str, shape: str, cases: list[str], device: str, write) -> None:
             "model": {"path": model, "dtype": "bfloat16" if device == "cuda" else "float32"},
             "rollout": {"max_prompt_length": 128, "max_completion_length": longest, "num_generations": 2},
             "policy": {
-                "gpus_per_rank": 1 if device == "cuda" else 0,
+                "gpus_per_rank": 0.5
+                if device == "cuda"
+                else 0,  # the plan seats an engine beside it, which is not started
                 "cpus_per_rank": 4 if device == "cuda" else 1,
                 "gradient_checkpointing": True,
                 "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from rlattn.config import PolicyConfig, RunConfig
 
+GROUP_ELEMENTS = 256 << 20  # parameters that the optimizer steps together
 BUCKET_BYTES = 256 << 20  # what one gathered bucket of weights may hold on one rank
 
 
@@ -95,7 +96,7 @@ class Rank:
         policy, algorithm = self.config.policy, self.config.algorithm
         model = model.to(self.device)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            parameter_groups(model),
             lr=learning_rate,
             betas=policy.betas,
             weight_decay=policy.weight_decay,
@@ -161,6 +162,22 @@ class Rank:
         if last and self.engine.zero_optimization():
             learned["grad_norm"] = float(self.engine.get_global_grad_norm())
         return learned
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
+    """What `model` learns, in groups of about GROUP_ELEMENTS that an optimizer treats alike.
+
+    DeepSpeed steps group by group, and makes an fp32 copy of a group's gradients.
+    """
+    groups: list[list[nn.Parameter]] = []
+    size = GROUP_ELEMENTS
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        if size >= GROUP_ELEMENTS:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += parameter.numel()
+    return [{"params": group} for group in groups]
 
 
 def deepspeed_config(policy: PolicyConfig, dtype: str) -> dict[str, Any]:
