@@ -1,5 +1,8 @@
 """The adapter on TRL's own trainer: uniform credit is plain TRL to the bit, gamma is that of rlattn's own forward."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -309,3 +312,16 @@ def test_what_cannot_work_is_refused_at_the_door(tmp_path, keywords, message):
     keywords = {name: value() if callable(value) else value for name, value in keywords.items()}
     with pytest.raises(ConfigError, match=message):
         make(credited(), tmp_path, **keywords)
+
+
+def test_the_script_of_the_docs_runs(tmp_path, monkeypatch):
+    script = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/trl.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in script.splitlines() if line]) <= 15
+    made = model()
+    made.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    script = script.replace("Qwen/Qwen3-0.6B", str(tmp_path / "model"))
+    script = script.replace('"runs/trl", ', f"{str(tmp_path)!r}, bf16=False, use_cpu=True, report_to='none', ")
+    namespace = {}
+    exec(script, namespace)
+    assert namespace["trainer"].state.log_history[0]["credit/mean_gamma"] > 1.1
