@@ -47,6 +47,9 @@ class CreditGRPOTrainer(GRPOTrainer):
             with; the message names its value and what is accepted.
     """
 
+    args: Any  # a GRPOConfig; transformers types both for every trainer
+    model: Any
+
     def __init__(
         self,
         *args: Any,

@@ -1,6 +1,9 @@
 """The adapter on TRL's own trainer: uniform credit is plain TRL to the bit, gamma is that of rlattn's own forward."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -325,3 +328,56 @@ def test_the_script_of_the_docs_runs(tmp_path, monkeypatch):
     namespace = {}
     exec(script, namespace)
     assert namespace["trainer"].state.log_history[0]["credit/mean_gamma"] > 1.1
+
+
+RANK = """
+import os, sys, torch
+from datasets import Dataset
+from trl import GRPOConfig
+from rlattn.trainers.trl import CreditGRPOTrainer
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+
+class Spying(CreditGRPOTrainer):
+    def _shaped(self, listener, batch):
+        self.rows = [heard.rows for heard in listener.heard]
+        return super()._shaped(listener, batch)
+
+trainer = Spying(
+    folder + "/model",
+    lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
+    GRPOConfig(
+        folder + "/out", max_steps=1, per_device_train_batch_size=4, num_generations=4, max_completion_length=20,
+        bf16=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, learning_rate=1e-2,
+    ),
+    Dataset.from_dict({"prompt": ["w3 w4 w5", "w6 w7 w8 w9"]}),
+)
+trainer.train()
+weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+said = (trainer.rows, trainer._groups, weights, trainer.state.log_history[0])
+torch.save(said, f"{folder}/rank{os.environ['RANK']}.pt")
+"""
+
+
+def test_ranks_group_heads_together(tmp_path):
+    saved(tmp_path)
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rank.py").write_text(RANK)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, "-P", *launch, tmp_path / "rank.py", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=False) for i in range(2)]
+    pooled = reduce_signals([rows for rank in ranks for rows in rank[0]], HeadsConfig()).groups.tolist()
+    alone = [reduce_signals(rank[0], HeadsConfig()).groups.tolist() for rank in ranks]
+    assert alone != [pooled, pooled]  # or the ranks' groups would show nothing
+    assert [groups for _, groups, _, _ in ranks] == [pooled, pooled]
+    assert all(torch.equal(tensor, ranks[1][2][name]) for name, tensor in ranks[0][2].items())
+    assert ranks[0][3]["credit/mean_gamma"] == ranks[1][3]["credit/mean_gamma"] > 1.1
