@@ -113,6 +113,10 @@ def run(arm: str, seed: int, path: Path, task: Task) -> dict[str, Any]:
     }
 
 
+def stored() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=["plain", "coupled_rhythm"], help="plain, or a credit strategy")
@@ -122,17 +126,20 @@ def main() -> None:
     with Progress() as progress:
         path = warmup(config, progress)
     task = load_task(config.task, config.task.seed)
-    result: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": []}
-    machine = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-    result |= machine | {"versions": installed_versions(PACKAGES), "test_problems": len(task.test), "samples": SAMPLES}
-    done = {(row["arm"], row["seed"]) for row in result["runs"]}
+    facts = {
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": installed_versions(PACKAGES),
+        "test_problems": len(task.test),
+        "samples": SAMPLES,
+    }
     for seed in args.seeds:
         for arm in args.arms:
-            if (arm, seed) not in done:
-                result["runs"].append(run(arm, seed, path, task))
-                RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+            if not any((row["arm"], row["seed"]) == (arm, seed) for row in stored()):
+                row = run(arm, seed, path, task)
+                RESULTS.write_text(json.dumps(facts | {"runs": [*stored(), row]}, indent=2) + "\n")
     line = "{arm:<16} seed {seed}: {accuracy_before:.1%} -> {accuracy_after:.1%} ({points:+.1f}), {train_seconds:.0f} s"
-    for row in sorted(result["runs"], key=lambda row: (row["arm"], row["seed"])):
+    for row in sorted(stored(), key=lambda row: (row["arm"], row["seed"])):
         print(line.format(**row))
 
 
