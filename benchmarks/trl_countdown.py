@@ -5,7 +5,7 @@
 
 Arms differ in the trainer's class and `credit` alone. What is in `benchmarks/results/trl_countdown.json` is not run
 again, so the runs can be made in pieces (`--arms plain --seeds 1`). Seconds are of this machine; what counts is the
-accuracy.
+accuracy. Where other work shares the cores, OMP_NUM_THREADS=1 keeps threads from waiting for each other.
 """
 
 from __future__ import annotations

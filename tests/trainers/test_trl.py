@@ -276,19 +276,29 @@ def test_the_wrapper_keeps_the_trainers_own_ways(tmp_path):
         with_credit(dict)
 
 
-def lookup(word: str) -> str:
-    """Look a word up.
-
-    Args:
-        word: the word.
-    """
-    return word
-
-
 def virtual_tokens():
     from peft import PromptTuningConfig
 
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+
+
+def capped():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=50, num_hidden_layers=2, eos_token_id=EOS, **shape))
+
+
+def apart():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, eos_token_id=EOS))
 
 
 def eager():
@@ -307,6 +317,8 @@ def eager():
         ({"signals": TRAINING, "options": {"num_iterations": 2}}, "num_iterations=2.*accepted is 'score'"),
         ({"options": {"torch_compile": True}}, "`torch_compile` = True.*accepted is False"),
         ({"peft_config": virtual_tokens}, "PromptTuningConfig.*accepted.*LoraConfig"),
+        ({"policy": capped}, "Gemma2ForCausalLM: `attn_logit_softcapping` = 50.*accepted is a model without"),
+        ({"policy": apart}, "BloomForCausalLM: it does not use transformers' attention interface; accepted"),
         ({"policy": eager}, "attn_implementation='eager'.*accepted: .*sdpa"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
@@ -315,6 +327,21 @@ def test_what_cannot_work_is_refused_at_the_door(tmp_path, keywords, message):
     keywords = {name: value() if callable(value) else value for name, value in keywords.items()}
     with pytest.raises(ConfigError, match=message):
         make(credited(), tmp_path, **keywords)
+
+
+def test_completions_that_others_wrote_into_are_refused(tmp_path):
+    def rollout(prompts, trainer):
+        said = {
+            "prompt_ids": [3, 4],
+            "completion_ids": [5, 6, EOS],
+            "logprobs": [-1.0, -1.0, -1.0],
+            "env_mask": [1, 0, 1],
+        }
+        return {name: [value] * len(prompts) for name, value in said.items()}
+
+    trainer = make(credited(), tmp_path, rollout_func=rollout)
+    with pytest.raises(ValueError, match=r"`env_mask`.*leave `env_mask` out"):
+        trainer.train()
 
 
 def test_the_script_of_the_docs_runs(tmp_path, monkeypatch):
