@@ -9,6 +9,7 @@ if __name__ == "kernels":  # would shadow the PyPI package `kernels`, which tran
 from .attention import packed_attention, register
 from .capture import Capture, LayerRange, capture_layers, spaced_layers
 from .flow import FlowMap, FlowOptions
+from .padded import PaddedCapture, Padding, listen
 from .statistics import AttentionStatistics, StatisticsOptions, attention_statistics
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "FlowMap",
     "FlowOptions",
     "LayerRange",
+    "PaddedCapture",
+    "Padding",
     "StatisticsOptions",
     "attention_statistics",
     "capture_layers",
+    "listen",
     "packed_attention",
     "register",
     "spaced_layers",

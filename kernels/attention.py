@@ -11,6 +11,7 @@ key heads, [D] head channels.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -130,14 +131,7 @@ def attention_forward(
         raise ValueError(f"attention {NAME!r} takes no attention_mask; cu_seqlens describes the packed batch")
     if dropout:
         raise ValueError(f"attention {NAME!r} does not support dropout={dropout}; set attention_dropout to 0")
-    config = getattr(module, "config", None)
-    extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    extras += ["attention_chunk_size"] if getattr(config, "attention_chunk_size", None) is not None else []
-    extras += ["is_causal=False"] if not kwargs.get("is_causal", getattr(module, "is_causal", True)) else []
-    if extras:
-        raise ValueError(f"attention {NAME!r} does not support {', '.join(extras)} of {type(module).__name__}")
-    sliding_window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale, sliding_window = map_options(module, query.shape[-1], kwargs | {"scaling": scaling})
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     layer: Any = getattr(module, "layer_idx", None)  # nn.Module types every attribute as Tensor | Module
     with_lse = capture is not None and capture.takes_lse(layer)
@@ -145,6 +139,24 @@ def attention_forward(
     if capture is not None:
         capture.record(layer, q, k, cu_seqlens, scale=scale, sliding_window=sliding_window, lse=lse)
     return out[None], None
+
+
+def map_options(module: nn.Module, head_dim: int, kwargs: Mapping[str, Any]) -> tuple[float, int | None]:
+    """Scale and sliding window of a layer's attention map, from the keywords that its attention function is given.
+
+    Raises:
+        ValueError: an attention variant that is not supported.
+    """
+    config = getattr(module, "config", None)
+    extras = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    extras += ["attention_chunk_size"] if getattr(config, "attention_chunk_size", None) is not None else []
+    causal = kwargs.get("is_causal")
+    extras += [] if (getattr(module, "is_causal", True) if causal is None else causal) else ["is_causal=False"]
+    if extras:
+        raise ValueError(f"attention {NAME!r} does not support {', '.join(extras)} of {type(module).__name__}")
+    scaling = kwargs.get("scaling")
+    sliding_window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    return head_dim**-0.5 if scaling is None else scaling, sliding_window
 
 
 def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

@@ -317,13 +317,21 @@ def signal_metrics(signals: Signals, rollouts: Rollouts, previous_groups: HeadGr
         were measured, `signals/attention_entropy/<layer>` (nats), mean over heads, and `signals/head_turnover`, share
         of grouped heads that were in another group or none before.
     """
-    starts = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist()
-    responses = [signals.fai[a:b] for a, b in zip(starts, rollouts.cu_seqlens[1:].tolist(), strict=True) if a < b]
+    starts = rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths
+    return packed_metrics(signals, starts, rollouts.cu_seqlens[1:], previous_groups)
+
+
+def packed_metrics(
+    signals: Signals, starts: Tensor, ends: Tensor, previous_groups: HeadGroups | None = None
+) -> dict[str, float]:
+    """`signal_metrics` of packed sequences whose responses are tokens starts[b] to ends[b]; [b] int64 each."""
+    bounds = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    responses = [signals.fai[a:b] for a, b in bounds if a < b]
     top = sum(fai[select(fai, FAI_TOP_SHARE)].sum().item() for fai in responses)
     total = sum(fai.sum().item() for fai in responses)
     tokens = sum(len(fai) for fai in responses)
     metrics = {
-        "signals/waad_mean": signals.waad[rollouts.response_mask].sum().item() / max(tokens, 1),
+        "signals/waad_mean": torch.cat([signals.waad[a:b] for a, b in bounds]).sum().item() / max(tokens, 1),
         "signals/fai_top_share": top / total if total else 0.0,
     }
     grouped = signals.groups != 0
