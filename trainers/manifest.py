@@ -14,6 +14,7 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Write size (bytes) and SHA-256 of every file under `folder` to its manifest."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if name != MANIFEST]
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
         entries = dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True))
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1))

@@ -45,10 +45,10 @@ class TrainerConfig(Section):
         measured = ["eval/accuracy", *(f"eval/{task.name}/accuracy" for task in self.eval_tasks)]
         if self.best_metric is not None and self.best_metric not in measured:
             raise ValueError(
-                f"`trainer.best_metric` = {self.best_metric!r}: the evaluation measures {', '.join(measured)}"
+                f"best_metric={self.best_metric!r} must be null or what evaluation measures: {', '.join(measured)}"
             )
         if self.best_metric and not self.eval_steps:
-            raise ValueError("`trainer.best_metric` needs evaluations; set trainer.eval_steps above 0")
+            raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_steps above 0")
         return self
 
 
