@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlattn import __version__
 from rlattn.analysis.arguments import add_arguments as add_analyze_arguments
+from rlattn.checkpoint_choice import add_choice, step_number
 from rlattn.config import ConfigError, RunConfig, load_config
 from rlattn.evaluation.arguments import add_arguments as add_eval_arguments
 from rlattn.study.arguments import add_arguments as add_study_arguments
@@ -53,7 +54,7 @@ def train(args: argparse.Namespace) -> None:
     from rlattn.trainers.run import train as run
 
     with Console() as console:
-        run(config, console, resume=args.resume, overwrite=args.overwrite)
+        run(config, console, resume=args.resume, resume_from=args.resume_from, overwrite=args.overwrite)
 
 
 def dry_run(config: RunConfig) -> None:
@@ -110,7 +111,7 @@ def export(args: argparse.Namespace) -> None:
     """`rlattn export RUN_DIR OUT`."""
     from rlattn.trainers.checkpoint import newest
 
-    checkpoint = newest(_run_dir(args.run_dir), "export")
+    checkpoint = newest(_run_dir(args.run_dir), "export", step=args.step, best=args.best)
     if args.out.exists():
         raise ConfigError(f"{args.out} exists already; give a folder that does not")
     shutil.copytree(checkpoint / "model", args.out)
@@ -147,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="print config, placement and memory; start nothing")
     again = command.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    again.add_argument(
+        "--resume-from", type=step_number, metavar="STEP", help="go on from step-STEP; newer are dropped"
+    )
     again.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     add_eval_arguments(add("eval", evaluate, "Evaluate a model on reasoning benchmarks."))
     add_analyze_arguments(add("analyze", analyze, "Analyse a model's attention on a task's responses."))
@@ -154,9 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     add_config(add("warmup", warmup, "Make (or find) the small starting model of a config."))
     command = add("report", report, "Write report.html for a run.")
     command.add_argument("run_dir", type=Path)
-    command = add("export", export, "Copy the newest checkpoint's Hugging Face model.")
+    command = add("export", export, "Copy a checkpoint's Hugging Face model: the newest's unless told.")
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)
+    add_choice(command)
     return parser
 
 

@@ -24,7 +24,9 @@ def fill(draw: Callable[[int], Rollouts], groups: int, max_draws: int) -> tuple[
         the batch, groups in the order in which they were drawn; and `filter_groups/draws`, and
         `filter_groups/kept` (share of all drawn groups whose rewards differ).
     """
-    drawn, kept, spare = [], [], []
+    drawn: list[Rollouts] = []
+    kept: list[tuple[int, list[int]]] = []  # (draw, its sequences)
+    spare: list[tuple[int, list[int]]] = []
     total = 0
     for index in range(max_draws):
         batch = draw(index)

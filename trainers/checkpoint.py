@@ -7,21 +7,32 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlattn.config import ConfigError
 from rlattn.rollout.cluster import ActorError
+from rlattn.trainers.manifest import damage, write_manifest
+
+BEST = "best.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; what was there before is untouched."""
 
 
-class Checkpoints:
-    """`step-N` folders under `root`, the newest `limit` of them kept.
+class Best(NamedTuple):
+    """Which checkpoint is the best so far, and by what."""
 
-    A checkpoint holds `optimizer/` (DeepSpeed's state), `model/` (a Hugging Face folder, ready for export) and
-    `state.json` (the driver's state).
+    step: int
+    metric: str
+    value: float
+
+
+class Checkpoints:
+    """`step-N` folders under `root`, the newest `limit` of them kept, and beyond it the best one.
+
+    A checkpoint holds `optimizer/` (DeepSpeed's state), `model/` (a Hugging Face folder, ready for export), `rng/`
+    (every process's generators), `state.json` (the driver's state) and `manifest.json` (checksums of all these).
     """
 
     def __init__(self, root: Path, limit: int) -> None:
@@ -37,7 +48,33 @@ class Checkpoints:
         """Optimizer version of a checkpoint's weights: the number in its name."""
         return int(checkpoint.name.removeprefix("step-"))
 
-    def state(self, checkpoint: Path) -> dict[str, Any]:
+    def at(self, step: int) -> Path:
+        """The checkpoint of a step.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = {self.step_of(path): path for path in self._all()}
+        if step not in found:
+            raise ConfigError(f"{self.root} has no step-{step}; there are: {', '.join(map(str, found)) or 'none'}")
+        return found[step]
+
+    def verified(self, checkpoint: Path, option: str) -> Path:
+        """`checkpoint`, once every file of it is as it was written.
+
+        Raises:
+            CheckpointError: one is not; offers the newest intact checkpoint before it, which `option` asks for.
+        """
+        wrong = damage(checkpoint)
+        if not wrong:
+            return checkpoint
+        older = [path for path in self._all() if self.step_of(path) < self.step_of(checkpoint)]
+        intact = next((self.step_of(path) for path in reversed(older) if not damage(path)), None)
+        offer = "no older one is intact" if intact is None else f"step-{intact} is intact: give {option} {intact}"
+        raise CheckpointError(f"{checkpoint} is damaged: {wrong}; {offer}")
+
+    @staticmethod
+    def state(checkpoint: Path) -> dict[str, Any]:
         """The driver's state in a checkpoint."""
         try:
             return json.loads((checkpoint / "state.json").read_text())
@@ -46,8 +83,17 @@ class Checkpoints:
                 f"{checkpoint} is damaged ({error}); delete it and resume from an older one"
             ) from None
 
-    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Write checkpoint `step` through `write(folder)`, then drop those beyond the limit.
+    def best(self) -> Best | None:
+        """The best checkpoint so far, or None where no evaluation chose one."""
+        try:
+            return Best(**json.loads((self.root / BEST).read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.root / BEST} is damaged ({error}); delete it to go on without") from None
+
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None], best: Best | None = None) -> Path:
+        """Write checkpoint `step` through `write(folder)`, mark it as `best` or not, then drop those beyond the limit.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written; nothing is left of the attempt.
@@ -58,9 +104,14 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             write(temporary)
             (temporary / "state.json").write_text(json.dumps(state | {"step": step}))
+            write_manifest(temporary)
             _sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
+            if best:
+                beside = self.root / f".{BEST}"
+                beside.write_text(json.dumps(best._asdict()))
+                os.replace(beside, self.root / BEST)
         except (OSError, ActorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             last = self.latest()
@@ -70,9 +121,20 @@ class Checkpoints:
                 f"checkpoint step-{step} was not written to {self.root}: {cause}. {kept}; "
                 "free some space and continue with --resume"
             ) from None
+        chosen = self.best()
         for old in self._all()[: -self.limit]:
-            shutil.rmtree(old)
+            if chosen is None or self.step_of(old) != chosen.step:
+                shutil.rmtree(old)
         return final
+
+    def drop_after(self, step: int) -> None:
+        """Forget what a run that goes on from `step` will write again."""
+        chosen = self.best()
+        if chosen and chosen.step > step:
+            (self.root / BEST).unlink()
+        for newer in self._all():
+            if self.step_of(newer) > step:
+                shutil.rmtree(newer)
 
     def _all(self) -> list[Path]:
         folders = [p for p in self.root.glob("step-*") if (p / "state.json").is_file()]
@@ -87,13 +149,21 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def newest(run: Path, purpose: str) -> Path:
-    """The newest complete checkpoint of the run in a folder, for somebody who wants to `purpose` it.
+def newest(run: Path, purpose: str, *, step: int | None = None, best: bool = False) -> Path:
+    """A verified checkpoint of the run in a folder, for somebody who wants to `purpose` it: the newest, that of a
+    `step`, or the `best`.
 
     Raises:
-        ConfigError: the run has none.
+        ConfigError: the run has no such checkpoint.
+        CheckpointError: it is damaged.
     """
-    checkpoint = Checkpoints(run / "checkpoints", 1).latest()
+    checkpoints = Checkpoints(run / "checkpoints", 1)
+    if best:
+        chosen = checkpoints.best()
+        if chosen is None:
+            raise ConfigError(f"{run} has no best checkpoint; it is chosen by trainer.best_metric")
+        step = chosen.step
+    checkpoint = checkpoints.latest() if step is None else checkpoints.at(step)
     if checkpoint is None:
         raise ConfigError(f"{run} has no complete checkpoint to {purpose}")
-    return checkpoint
+    return checkpoints.verified(checkpoint, "--step")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from rlattn.config import PolicyConfig, RunConfig
+from rlattn.trainers.rng import load_rng, save_rng, seed_rng
 
 GROUP_ELEMENTS = 256 << 20  # parameters that the optimizer steps together
 BUCKET_BYTES = 256 << 20  # what one gathered bucket of weights may hold on one rank
@@ -60,13 +61,15 @@ class Rank:
         )
 
     def save(self, folder: str) -> None:
-        """Write the optimizer state to `folder`/optimizer and, from rank 0, a Hugging Face model to `folder`/model.
+        """Write the optimizer state to `folder`/optimizer, this process's random generators to `folder`/rng and, from
+        rank 0, a Hugging Face model to `folder`/model.
 
         Raises:
             OSError: nothing more fits on the disk, or the folder cannot be written.
         """
         try:
             self.engine.save_checkpoint(folder, tag="optimizer", save_latest=False)
+            save_rng(self._rng(folder))
             state = {name: tensor for bucket in self.buckets() for name, tensor in bucket.items()}
             if self.rank == 0:
                 self.lm.save_pretrained(Path(folder, "model"), state_dict=state)
@@ -116,9 +119,21 @@ class Rank:
         )[0]
 
     def restore(self, checkpoint: str | None) -> None:
-        """Take optimizer and schedule from a checkpoint's folder, where there is one."""
+        """Take optimizer, schedule and random generators from a checkpoint's folder, where there is one.
+
+        A folder converted for other ranks has no generators: they are seeded afresh, as at the start of a run.
+        """
         if checkpoint:
+            # What `"checkpoint": {"load_universal": true}` in DeepSpeed's config would say, known here only.
+            self.engine._config.load_universal_checkpoint = Path(checkpoint, "optimizer", "zero").is_dir()
             self.engine.load_checkpoint(checkpoint, tag="optimizer")
+        if checkpoint and self._rng(checkpoint).is_file():
+            load_rng(self._rng(checkpoint))
+        else:
+            seed_rng(self.config.seed, self.engine.global_steps, self.rank)
+
+    def _rng(self, folder: str) -> Path:
+        return Path(folder, "rng", f"rank-{self.rank}.pt")
 
     def frozen(self, model: nn.Module) -> nn.Module:
         """`model` for forwards alone, sharded where ZeRO-3 shards what is trained."""

@@ -12,8 +12,9 @@ import ray
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlattn.config import FREE, ConfigError, RunConfig, differences
+from rlattn.config import FREE, ConfigError, RunConfig, TrainerConfig, differences
 from rlattn.console import Console
+from rlattn.data import check_same, fingerprint
 from rlattn.metrics import completion_records
 from rlattn.report import write_report
 from rlattn.rollout.cluster import local_cpus, reserve, start_ray
@@ -22,26 +23,41 @@ from rlattn.rollout.placement import plan
 from rlattn.rollout.pool import RolloutPool, encode_prompts
 from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
-from rlattn.trainers.checkpoint import Checkpoints
+from rlattn.trainers.checkpoint import Best, Checkpoints
 from rlattn.trainers.critic import Critic
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.trainers.memory import shape_of
 from rlattn.trainers.model import captured_layers, out_of_reach
 from rlattn.trainers.policy import Policy
 from rlattn.trainers.ppo import PPOTrainer
+from rlattn.trainers.rng import load_rng, save_rng
 from rlattn.trainers.trainer import Trainer
+from rlattn.trainers.universal import check_sharding, loadable, sharding
 from rlattn.trainers.warmup import warmup
 from rlattn.verifiers.pool import VerifierPool
 
-FREE_ON_RESUME = (*FREE, "trainer.eval_")
+PLACEMENT = ("policy.ranks", "policy.deepspeed", "policy.gpus_per_rank", "policy.cpus_per_rank", "rollout.num_engines")
+"""Where a run computes: its results stay equal up to rounding."""
+FREE_ON_RESUME = (*FREE, *PLACEMENT, "trainer.eval_")
 """What a resumed run may change, and time-outs: everything else shapes its result."""
+DRIVER = "driver.pt"
 
 
-def train(config: RunConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(
+    config: RunConfig,
+    console: Console,
+    *,
+    resume: bool = False,
+    resume_from: int | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Run `config` to its last step; returns the report's path.
+
+    `resume` goes on from the newest checkpoint, `resume_from` from that of a step.
 
     Raises:
         ConfigError: something in the config, the task's data or the output folder cannot work; nothing was started.
+        CheckpointError: the checkpoint to go on from is damaged; nothing was started.
     """
     check_engine_args(config)
     local_cpus(config, plan(config))
@@ -49,7 +65,12 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
     task = load_task(config.task, config.task.seed)
     benchmarks = [load_task(named, named.seed, training=False) for named in config.trainer.eval_tasks]
     checkpoints = Checkpoints(config.output_dir.absolute() / "checkpoints", config.trainer.save_total_limit)
-    checkpoint = prepare_output(config, checkpoints, resume=resume, overwrite=overwrite)
+    checkpoint = prepare_output(config, checkpoints, resume=resume, resume_from=resume_from, overwrite=overwrite)
+    data = fingerprint(task.train)
+    if checkpoint:
+        state = checkpoints.state(checkpoint)
+        check_sharding(state["sharding"], config.policy)
+        check_same(state["data"], data)
     if config.model.path:
         start_model = config.model.path
     else:
@@ -65,7 +86,7 @@ def train(config: RunConfig, console: Console, *, resume: bool = False, overwrit
         Tracker(config.output_dir, config.trainer.report_to, config=config.model_dump(mode="json")) as tracker,
         start(config, task, benchmarks, tokenizer, model_path, start_model, checkpoint, console) as trainer,
     ):
-        loop(config, trainer, tracker, checkpoints, checkpoint, tokenizer, console)
+        loop(config, trainer, tracker, checkpoints, checkpoint, tokenizer, console, data)
     report = write_report(config.output_dir)
     accuracy = [line["eval/accuracy"] for line in read_metrics(config.output_dir) if "eval/accuracy" in line]
     before, after = (accuracy[0], accuracy[-1]) if accuracy else (None, None)
@@ -81,17 +102,24 @@ def loop(
     checkpoint: Path | None,
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
+    data: str,
 ) -> None:
-    """Steps from the checkpoint's (or 0) to the last; each logs a line, some evaluate, some are saved."""
+    """Steps from the checkpoint's (or 0) to the last; each logs a line, some evaluate, some are saved.
+
+    `data` is the training problems' fingerprint.
+    """
 
     def write(folder: Path) -> None:
         trainer.save(folder)
         tokenizer.save_pretrained(folder / "model")
+        save_rng(folder / "rng" / DRIVER)
 
     first, last = 0, config.trainer.steps
     if checkpoint:
         state = checkpoints.state(checkpoint)
         first, trainer.groups = state["step"], state["head_groups"]
+        checkpoints.drop_after(first)
+        load_rng(checkpoint / "rng" / DRIVER)
     tracker.resume(first if checkpoint else -1)
     if not checkpoint and config.trainer.eval_steps:
         with console.phase("evaluating the starting model"):
@@ -107,8 +135,10 @@ def loop(
             tracker.log_completions(done, "train", records)
         tracker.log(done, metrics)
         console.step(done, last, metrics)
-        if done == last or _due(done, config.trainer.save_steps, last):
-            checkpoints.save(done, {"head_groups": trainer.groups}, write)
+        best = better(config.trainer, done, metrics, checkpoints.best()) if evaluating else None
+        if best or done == last or _due(done, config.trainer.save_steps, last):
+            state = {"head_groups": trainer.groups, "sharding": sharding(config.policy), "data": data}
+            checkpoints.save(done, state, write, best)
 
 
 @contextmanager
@@ -129,15 +159,19 @@ def start(
         console.note(f"logs of Ray and of the actors: {logs}")
     try:
         group = reserve(config, layout)
-        with console.phase("loading vLLM and the policy"), ThreadPoolExecutor(1) as side:
+        with (
+            console.phase("loading vLLM and the policy"),
+            loadable(checkpoint, config.policy) as source,
+            ThreadPoolExecutor(1) as side,
+        ):
             policy = Policy(config, layout, group)
             critic = Critic(config, layout, group) if layout.critic else None
 
             def load() -> None:
-                policy.load(model_path, reference_path, checkpoint)
+                policy.load(model_path, reference_path, source)
                 if critic:
                     path = str(checkpoint / "critic" / "model") if checkpoint else config.ppo.critic_path
-                    critic.load(path or reference_path, checkpoint / "critic" if checkpoint else None)
+                    critic.load(path or reference_path, source / "critic" if source else None)
 
             loaded = side.submit(load)
             version = Checkpoints.step_of(checkpoint) if checkpoint else 0
@@ -150,7 +184,9 @@ def start(
         ray.shutdown()
 
 
-def prepare_output(config: RunConfig, checkpoints: Checkpoints, *, resume: bool, overwrite: bool) -> Path | None:
+def prepare_output(
+    config: RunConfig, checkpoints: Checkpoints, *, resume: bool, resume_from: int | None = None, overwrite: bool
+) -> Path | None:
     """Make sure that this run may write to its folder; returns the checkpoint to go on from, if any."""
     folder = config.output_dir
     saved = folder / "config.yaml"
@@ -161,7 +197,7 @@ def prepare_output(config: RunConfig, checkpoints: Checkpoints, *, resume: bool,
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return None
-    if not resume:
+    if not resume and resume_from is None:
         raise ConfigError(
             f"{folder} already holds a run; give --resume to go on with it, --overwrite to replace it, "
             "or another output_dir=..."
@@ -171,7 +207,8 @@ def prepare_output(config: RunConfig, checkpoints: Checkpoints, *, resume: bool,
         raise ConfigError(
             f"--resume needs the config that {folder} was started with; differing: {'; '.join(differing)}"
         )
-    return checkpoints.latest()
+    checkpoint = checkpoints.latest() if resume_from is None else checkpoints.at(resume_from)
+    return checkpoints.verified(checkpoint, "--resume-from") if checkpoint else None
 
 
 def save_config(config: RunConfig) -> None:
@@ -186,6 +223,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise out_of_reach(path, error) from None
+
+
+def better(config: TrainerConfig, step: int, metrics: dict[str, float], best: Best | None) -> Best | None:
+    """`step` as the best checkpoint, where its metrics surpass those of the `best` so far."""
+    name = config.best_metric
+    if name is None:
+        return None
+    value = metrics[name]
+    surpasses = best is None or (value > best.value if config.greater_is_better else value < best.value)
+    return Best(step, name, value) if surpasses and value == value else None  # NaN is never the best
 
 
 def _due(done: int, every: int, last: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlattn.checkpoint_choice import add_choice
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
@@ -21,3 +23,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--responses", type=Path, metavar="FILE", help="read responses from these JSON lines instead")
     parser.add_argument("--seed", type=int, help="of sampling and of every interval (default 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: runs/analysis/MODEL-HASH)")
+    add_choice(parser)

@@ -42,7 +42,12 @@ def run(args: argparse.Namespace) -> None:
     """`rlattn analyze`."""
     started = time.monotonic()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a busy machine crawl: 16 s against 5
-    target = of_run(Path(args.model)) if (Path(args.model) / "config.yaml").is_file() else _plain(args.model)
+    if (Path(args.model) / "config.yaml").is_file():
+        target = of_run(Path(args.model), step=args.step, best=args.best)
+    elif args.best or args.step is not None:
+        raise ConfigError(f"--best and --step choose a checkpoint of a run; {args.model!r} is none")
+    else:
+        target = _plain(args.model)
     config = settings(args, target)
     if config.task is None and args.responses is None:
         raise ConfigError(
@@ -106,15 +111,15 @@ def check_layers(path: str, config: AnalysisConfig) -> None:
         raise ConfigError(f"`signals.layers` = {config.signals.layers}: {error}") from None
 
 
-def of_run(folder: Path) -> Target:
-    """A run's newest weights, with its own task, signals and sampling.
+def of_run(folder: Path, *, step: int | None = None, best: bool = False) -> Target:
+    """A run's newest weights (or those of a `step`, or the `best`), with its own task, signals and sampling.
 
     Raises:
         ConfigError: the run has no complete checkpoint.
     """
     from rlattn.trainers.checkpoint import newest
 
-    checkpoint = newest(folder, "analyse")
+    checkpoint = newest(folder, "analyse", step=step, best=best)
     run = load_config(folder / "config.yaml")
     tree = {
         "task": run.task.model_dump(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlattn.config.section import Positive, Seconds, Section
 from rlattn.config.task import TaskConfig
@@ -29,11 +29,27 @@ class TrainerConfig(Section):
     save_steps: Annotated[int, Field(ge=0)] = 50
     """Checkpoint every so many steps, and after the last; 0 saves only after the last."""
     save_total_limit: Positive = 2
-    """Checkpoints kept."""
+    """Checkpoints kept, beside the best one."""
+    best_metric: str | None = None
+    """Metric of evaluation, such as `eval/accuracy`, by which the best checkpoint is chosen: an evaluation that
+    surpasses all before it saves at once. None chooses none."""
+    greater_is_better: bool = True
+    """The best `best_metric` is the greatest, not the least."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers beside `metrics.jsonl`; each needs its extra."""
     log_completions: Annotated[int, Field(ge=0)] = 8
     """Completions with their token signals kept for the report at each evaluation."""
+
+    @model_validator(mode="after")
+    def _best_is_evaluated(self) -> TrainerConfig:
+        measured = ["eval/accuracy", *(f"eval/{task.name}/accuracy" for task in self.eval_tasks)]
+        if self.best_metric is not None and self.best_metric not in measured:
+            raise ValueError(
+                f"best_metric={self.best_metric!r} must be null or what evaluation measures: {', '.join(measured)}"
+            )
+        if self.best_metric and not self.eval_steps:
+            raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_steps above 0")
+        return self
 
 
 class RayConfig(Section):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlattn.checkpoint_choice import add_choice
+
 USAGE = """rlattn eval MODEL --benchmarks NAME[,NAME...] [options] [key=value ...]
        rlattn eval RUN_DIR [options] [key=value ...]
        rlattn eval --score FILE.jsonl [--benchmarks NAME[,NAME...]] [--data DIR]
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: runs/eval/MODEL-HASH)")
     parser.add_argument("--score", type=Path, metavar="FILE", help="judge these completions: id, completion, answer")
     parser.add_argument("--explain", action="store_true", help="print each verdict and its reason")
+    add_choice(parser)
     parser.set_defaults(overrides=[])
 
 

@@ -84,7 +84,9 @@ def _evaluate(
 ) -> tuple[Path, list[BenchmarkResult], str]:
     source = Source(target, target, args.benchmarks)
     if (Path(target) / "config.yaml").is_file():
-        source = of_run(Path(target), args.benchmarks)
+        source = of_run(Path(target), args.benchmarks, step=args.step, best=args.best)
+    elif args.best or args.step is not None:
+        raise ConfigError(f"--best and --step choose a checkpoint of a run; {target!r} is none")
     if not source.benchmarks:
         raise ConfigError("name the benchmarks: --benchmarks aime24,math500,...")
     settings, engines = _settings(args, source, items)
@@ -113,15 +115,17 @@ class Source:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def of_run(folder: Path, benchmarks: list[str]) -> Source:
-    """A run's newest weights on the run's kind of engines; without `benchmarks` asked as its own evaluation asks.
+def of_run(folder: Path, benchmarks: list[str], *, step: int | None = None, best: bool = False) -> Source:
+    """A run's newest weights (or a `step`'s, or the `best`) on the run's kind of engines.
+
+    Without `benchmarks` they are asked as the run's own evaluation asks.
 
     Raises:
         ConfigError: the run has no complete checkpoint.
     """
     from rlattn.trainers.checkpoint import newest
 
-    checkpoint = newest(folder, "evaluate")
+    checkpoint = newest(folder, "evaluate", step=step, best=best)
     run = load_config(folder / "config.yaml")
     tree = {
         "rollout": run.rollout.model_dump(include=ENGINE_KEYS),

@@ -75,7 +75,8 @@ def test_two_steps_of_everything(tmp_path, cache):
     rows = [{"problem": f"{i} + 2 =", "answer": str(i + 2)} for i in range(1, 5)]
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     beside = f"trainer.eval_tasks=[{{name: gsm8k, options: {{data: {tmp_path}, instruction: ''}}}}]"
-    done = finish(command(folder, cache, "trainer.steps=2", beside))
+    args = command(folder, cache, "trainer.steps=2", beside, "trainer.best_metric=eval/accuracy")
+    done = finish(args)
     assert "test accuracy after" in done.stdout
     assert "\x1b" not in done.stdout
     lines = read_metrics(folder)
@@ -87,7 +88,7 @@ def test_two_steps_of_everything(tmp_path, cache):
         assert line["grad_norm"] > 0
         assert 0.3 < line["credit/amplified_share"] < 0.6
         assert line["timing_s/generate"] > 0
-    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-1", "step-2"]
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["best.json", "step-1", "step-2"]
     shown = read_completions(folder)
     assert {line["step"] for line in shown} == {1, 2}
     assert [line["policy_version"] for line in shown] == [0, 0, 1, 1]
@@ -100,13 +101,26 @@ def test_two_steps_of_everything(tmp_path, cache):
     assert countdown.settings["max_tokens"] == 48
     assert countdown.settings["temperature"] == 1
     # what was trained can be used: by transformers, and as the start of another run
-    assert main(["export", str(folder), str(tmp_path / "model")]) == 0
+    assert main(["export", str(folder), str(tmp_path / "model"), "--best"]) == 0
     again = finish(command(tmp_path / "again", cache, "trainer.steps=1", f"model.path={tmp_path / 'model'}"))
     assert "step-1" in again.stdout
     start = read_metrics(tmp_path / "again")[0]["eval/accuracy"]
     assert start == pytest.approx(lines[2]["eval/accuracy"], abs=1e-9)  # same weights, same seeds
     refused = finish(command(folder, cache, "trainer.steps=2"), code=2)
     assert "already holds a run; give --resume" in refused.stderr
+    # a damaged checkpoint is refused, and the one before it goes on: what two ranks saved, on one
+    damaged = folder / "checkpoints" / "step-2" / "model" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    refused = finish([*args, "--resume"], code=1)
+    assert "step-2 is damaged: model/model.safetensors has another SHA-256" in refused.stderr
+    assert "step-1 is intact: give --resume-from 1" in refused.stderr
+    finish([*args, "policy.ranks=1", "--resume-from", "step-1"])
+    repeated = read_metrics(folder)
+    assert [line["step"] for line in repeated] == [0, 1, 2]
+    assert repeated[2]["loss"] == pytest.approx(lines[2]["loss"], abs=1e-5)
+    assert repeated[2]["grad_norm"] == pytest.approx(lines[2]["grad_norm"], rel=1e-3)
 
 
 CALIBRATED = [  # the most that a run keeps: head groups of step 0, used by the training forward of steps 1 and 2
