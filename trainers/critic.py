@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from ray.util.placement_group import PlacementGroup
@@ -41,7 +42,8 @@ class CriticModel(nn.Module):
             use_cache=False,
             cu_seqlens=micro.cu_seqlens,
         ).last_hidden_state[0]  # [t, d]
-        return self.lm.score(hidden[(rows - 1).to(device)]).squeeze(-1).float()
+        score = cast("nn.Linear", self.lm.score)
+        return score(hidden[(rows - 1).to(device)]).squeeze(-1).float()
 
 
 class CriticWorker(Rank):

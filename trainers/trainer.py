@@ -83,7 +83,8 @@ class Trainer(ABC):
                 first = index * len(prompts) * generations
                 rollouts = self.rollout.generate(prompts, generations, seed=config.seed, step=step, first=first)
             with timer("reward"):
-                return rewards.score(rollouts, self.task, self.verifiers, config)
+                rollouts = rewards.judge(rollouts, self.task, self.verifiers)
+                return rewards.with_parts(rollouts, rewards.overlong(rollouts, config))
 
         return fill(draw, config.trainer.prompts_per_step, most) if filtering else (draw(0), {})
 

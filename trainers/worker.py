@@ -165,7 +165,10 @@ class PolicyWorker(Rank):
         rows, names = micro.response_indices, {field.name for field in fields(LossInputs)}
         given = {name: column[rows].to(self.device) for name, column in columns.items() if name in names}  # [n] each
         sequences = torch.repeat_interleave(torch.arange(len(micro.cu_seqlens) - 1), micro.response_lengths)
-        inputs = LossInputs(**(given | {"logps": logps, "entropy": entropy, "sequences": sequences.to(self.device)}))
+        own = {"logps": logps, "sequences": sequences.to(self.device)} | (
+            {} if entropy is None else {"entropy": entropy}
+        )
+        inputs = LossInputs(**(given | own))
         loss, measured = micro_batch_loss(inputs, self.config.algorithm)
         counted = inputs.counted  # masked truncated completions are in no mean
         sums = {name: values[counted].sum().item() for name, values in measured.items()}

@@ -17,7 +17,7 @@ def evaluate(
     task: Task, generate: Generate, samples: int, verifiers: VerifierPool, name: str = "eval"
 ) -> dict[str, float]:
     """avg@k of the verdicts over the test set, with k = `samples` completions a problem; metrics begin with `name`."""
-    rollouts = rewards.score(generate(task.test, samples), task, verifiers)
+    rollouts = rewards.judge(generate(task.test, samples), task, verifiers)
     return {
         f"{name}/accuracy": rollouts.reward_parts["accuracy"].mean().item(),
         f"{name}/reward": rollouts.rewards.mean().item(),

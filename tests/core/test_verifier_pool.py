@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from rlattn import rewards
-from rlattn.config import RunConfig
 from rlattn.problem import Problem, Verdict
 from rlattn.tasks.countdown import judge as countdown
 from rlattn.verifiers import pool as module
@@ -314,7 +313,7 @@ def test_bounded_tasks_are_judged_here(pool, hostile):
 def test_rewards_of_completions_whose_verifier_was_ended_are_zero(pool, hostile):
     problems = [Problem(str(row), "", answer) for row, answer in enumerate(("a", "exit 1", "parts"))]
     rollouts = make_rollouts([1] * 3, [2] * 3).replace(problems=problems, texts=["a", "exit 1", "parts"])
-    scored = rewards.score(rollouts, SimpleNamespace(bounded=False, verifier=hostile), pool, RunConfig())
+    scored = rewards.judge(rollouts, SimpleNamespace(bounded=False, verifier=hostile), pool)
     assert scored.reward_parts.keys() == {"accuracy", "format"}
     assert scored.reward_parts["accuracy"].tolist() == [1, 0, 1]
     assert scored.reward_parts["format"].tolist() == [0, 0, 0.5]
