@@ -13,8 +13,6 @@ from rlattn.config import ConfigError
 from rlattn.rollout.cluster import ActorError
 from rlattn.trainers.manifest import damage, write_manifest
 
-BEST = "best.json"
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; what was there before is untouched."""
@@ -84,34 +82,31 @@ class Checkpoints:
             ) from None
 
     def best(self) -> Best | None:
-        """The best checkpoint so far, or None where no evaluation chose one."""
-        try:
-            return Best(**json.loads((self.root / BEST).read_text()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.root / BEST} is damaged ({error}); delete it to go on without") from None
+        """The best checkpoint so far, as the newest one remembers it; None where no evaluation chose one."""
+        newest = self.latest()
+        kept = self.state(newest).get("best") if newest else None
+        return Best(**kept) if kept and (self.root / f"step-{kept['step']}").is_dir() else None
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None], best: Best | None = None) -> Path:
-        """Write checkpoint `step` through `write(folder)`, mark it as `best` or not, then drop those beyond the limit.
+        """Write checkpoint `step` through `write(folder)`, then drop those beyond the limit but the best.
+
+        `best` says that it is this one; None keeps the best so far.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written; nothing is left of the attempt.
         """
+        best = best or self.best()
         final, temporary = self.root / f"step-{step}", self.root / f".writing-step-{step}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary)
-            (temporary / "state.json").write_text(json.dumps(state | {"step": step}))
+            chosen = {"best": best._asdict()} if best else {}
+            (temporary / "state.json").write_text(json.dumps(state | {"step": step} | chosen))
             write_manifest(temporary)
             _sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            if best:
-                beside = self.root / f".{BEST}"
-                beside.write_text(json.dumps(best._asdict()))
-                os.replace(beside, self.root / BEST)
         except (OSError, ActorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             last = self.latest()
@@ -121,17 +116,13 @@ class Checkpoints:
                 f"checkpoint step-{step} was not written to {self.root}: {cause}. {kept}; "
                 "free some space and continue with --resume"
             ) from None
-        chosen = self.best()
         for old in self._all()[: -self.limit]:
-            if chosen is None or self.step_of(old) != chosen.step:
+            if best is None or self.step_of(old) != best.step:
                 shutil.rmtree(old)
         return final
 
     def drop_after(self, step: int) -> None:
         """Forget what a run that goes on from `step` will write again."""
-        chosen = self.best()
-        if chosen and chosen.step > step:
-            (self.root / BEST).unlink()
         for newer in self._all():
             if self.step_of(newer) > step:
                 shutil.rmtree(newer)

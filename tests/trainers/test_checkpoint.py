@@ -99,12 +99,15 @@ def test_the_best_outlives_the_limit(tmp_path):
         newest(tmp_path, "export", best=True)
     for step, best in ((1, Best(1, "eval/accuracy", 0.5)), (2, None), (3, None)):
         checkpoints.save(step, {}, write(str(step)), best)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.json", "step-1", "step-3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-3"]
     assert newest(tmp_path, "export", best=True).name == "step-1"
     checkpoints.save(4, {}, write("4"), Best(4, "eval/accuracy", 0.6))
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-4"]
+    checkpoints.save(5, {}, write("5"))
+    checkpoints.drop_after(4)  # as a run does that goes on from step 4: the best is that of its time
+    assert checkpoints.best() == Best(4, "eval/accuracy", 0.6)
     checkpoints.drop_after(3)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert checkpoints.best() is None
 
 
 def test_better_is_strictly_so():

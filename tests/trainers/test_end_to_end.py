@@ -88,7 +88,7 @@ def test_two_steps_of_everything(tmp_path, cache):
         assert line["grad_norm"] > 0
         assert 0.3 < line["credit/amplified_share"] < 0.6
         assert line["timing_s/generate"] > 0
-    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["best.json", "step-1", "step-2"]
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-1", "step-2"]
     shown = read_completions(folder)
     assert {line["step"] for line in shown} == {1, 2}
     assert [line["policy_version"] for line in shown] == [0, 0, 1, 1]
