@@ -121,13 +121,13 @@ class Rank:
     def restore(self, checkpoint: str | None) -> None:
         """Take optimizer, schedule and random generators from a checkpoint's folder, where there is one.
 
-        A folder converted for other ranks has no generators: they are seeded afresh, as at the start of a run.
+        Where the number of ranks is another, the generators are seeded afresh, as at the start of a run.
         """
         if checkpoint:
             # What `"checkpoint": {"load_universal": true}` in DeepSpeed's config would say, known here only.
             self.engine._config.load_universal_checkpoint = Path(checkpoint, "optimizer", "zero").is_dir()
             self.engine.load_checkpoint(checkpoint, tag="optimizer")
-        if checkpoint and self._rng(checkpoint).is_file():
+        if checkpoint and len(list(self._rng(checkpoint).parent.glob("rank-*.pt"))) == self.world:
             load_rng(self._rng(checkpoint))
         else:
             seed_rng(self.config.seed, self.engine.global_steps, self.rank)

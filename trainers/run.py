@@ -191,6 +191,8 @@ def prepare_output(
     folder = config.output_dir
     saved = folder / "config.yaml"
     if not saved.exists():
+        if resume_from is not None:
+            raise ConfigError(f"{folder} holds no run, so none to go on from step-{resume_from}")
         return None
     if overwrite:
         for name in ("checkpoints", "metrics.jsonl", "completions.jsonl", "report.html", "config.yaml"):
@@ -231,7 +233,8 @@ def better(config: TrainerConfig, step: int, metrics: dict[str, float], best: Be
     if name is None:
         return None
     value = metrics[name]
-    surpasses = best is None or (value > best.value if config.greater_is_better else value < best.value)
+    other = best is None or best.metric != name
+    surpasses = other or (value > best.value if config.greater_is_better else value < best.value)
     return Best(step, name, value) if surpasses and value == value else None  # NaN is never the best
 
 

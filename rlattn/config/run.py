@@ -17,7 +17,10 @@ from rlattn.config.signals import SignalsConfig
 from rlattn.config.task import TaskConfig
 from rlattn.config.trainer import RayConfig, TrainerConfig
 
-FREE = ("output_dir", "ray.", "trainer.save_", "trainer.report_to", "trainer.log_completions")
+FREE = (
+    *("output_dir", "ray.", "trainer.save_", "trainer.best_metric", "trainer.greater_is_better"),
+    *("trainer.report_to", "trainer.log_completions"),
+)
 """Beginnings of keys that shape nothing of a run's result."""
 
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlattn.config import ConfigError, TrainerConfig
+from rlattn.config import ConfigError, RunConfig, TrainerConfig
 from rlattn.data import check_same, fingerprint
 from rlattn.problem import Problem
 from rlattn.trainers.checkpoint import Best, CheckpointError, Checkpoints, newest
 from rlattn.trainers.rng import load_rng, save_rng, seed_rng
-from rlattn.trainers.run import better
+from rlattn.trainers.run import better, prepare_output, save_config
 
 
 def write(text):
@@ -119,6 +119,7 @@ def test_better_is_strictly_so():
     assert better(greatest, 2, now, so_far._replace(value=0.5)) is None
     assert better(greatest, 2, {"eval/accuracy": float("nan")}, None) is None
     assert better(TrainerConfig(), 2, now, None) is None
+    assert better(greatest, 2, now, Best(1, "eval/other/accuracy", 0.9)) == Best(2, "eval/accuracy", 0.5)
 
 
 def test_a_best_metric_must_be_measured():
@@ -153,3 +154,24 @@ def test_generators_go_on_where_they_were(tmp_path):
     assert draw() == expected
     seed_rng(0, 1, 3)
     assert draw() != expected
+
+
+def test_a_step_of_no_run_is_refused(tmp_path):
+    config = RunConfig(output_dir=tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    assert prepare_output(config, checkpoints, resume=True, overwrite=False) is None  # a job that may be the first
+    with pytest.raises(ConfigError, match="holds no run, so none to go on from step-8"):
+        prepare_output(config, checkpoints, resume=False, resume_from=8, overwrite=False)
+
+
+def test_a_resumed_run_may_change_where_it_computes_and_what_it_saves(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    save_config(RunConfig(output_dir=tmp_path))
+    saved = checkpoints.save(3, {}, write("x"))
+    policy = {"ranks": 4, "deepspeed": {"zero_optimization": {"stage": 3}}}
+    trainer = {"best_metric": "eval/accuracy", "save_steps": 7}
+    moved = RunConfig.model_validate({"output_dir": tmp_path, "policy": policy, "trainer": trainer})
+    assert prepare_output(moved, checkpoints, resume=True, overwrite=False) == saved
+    other = RunConfig.model_validate({"output_dir": tmp_path, "policy": {"learning_rate": 1e-3}})
+    with pytest.raises(ConfigError, match=r"policy\.learning_rate was 1e-06, now 0\.001"):
+        prepare_output(other, checkpoints, resume=True, overwrite=False)
