@@ -233,9 +233,10 @@ def better(config: TrainerConfig, step: int, metrics: dict[str, float], best: Be
     if name is None:
         return None
     value = metrics[name]
-    other = best is None or best.metric != name
-    surpasses = other or (value > best.value if config.greater_is_better else value < best.value)
-    return Best(step, name, value) if surpasses and value == value else None  # NaN is never the best
+    surpasses = value == value  # NaN is never the best
+    if best and best.metric == name:
+        surpasses = value > best.value if config.greater_is_better else value < best.value
+    return Best(step, name, value) if surpasses else None
 
 
 def _due(done: int, every: int, last: int) -> bool:
