@@ -60,7 +60,7 @@ def loadable(checkpoint: Path | None, policy: PolicyConfig) -> Iterator[Path | N
 
 def _convert(source: Path, target: Path, timeout_s: float) -> None:
     """DeepSpeed's own tool, in a process of its own: it prints, and importing DeepSpeed takes a device."""
-    target.parent.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     folders = ["--input_folder", str(source), "--output_folder", str(target)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
     command = [sys.executable, "-P", "-m", CONVERTER, *folders, *workers]
