@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rlattn.config import RunConfig
 from rlattn.credit import needed
+from rlattn.trainers.lora import adapted
 from rlattn.trainers.model import captured_layers, out_of_reach
 from rlattn.trainers.warmup import model_shape
 
@@ -55,11 +56,15 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     shape = shape_of(config)
     captured_layers(config.signals, shape)  # refuses what the run would refuse
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+        model = AutoModelForCausalLM.from_config(shape)
+        parameters = sum(p.numel() for p in model.parameters())
+        if config.policy.lora:
+            adapted(model, config.policy.lora, config.seed)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     policy, size = config.policy, 2 if config.model.dtype == "bfloat16" else 4
     stage = policy.deepspeed.get("zero_optimization", {}).get("stage", 0)
     ranks = policy.ranks
-    optimizer = (12 if size == 2 else 8) * parameters  # fp32 master weights only where the weights are not fp32
+    optimizer = (12 if size == 2 else 8) * learned  # fp32 master weights only where the weights are not fp32
     tokens, layers, width = policy.tokens_per_micro_batch, shape.num_hidden_layers, shape.hidden_size
     kept = 2 if policy.gradient_checkpointing else 16 + 3 * shape.intermediate_size / width
     head_dim = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
@@ -69,7 +74,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
     trained = {
         "weights": size * parameters / (ranks if stage == 3 else 1),
-        "gradients": 4 * parameters / (ranks if stage >= 2 else 1),
+        "gradients": 4 * learned / (ranks if stage >= 2 else 1),
         "optimizer": optimizer / (ranks if stage >= 1 else 1),
         "activations": tokens * width * layers * kept * size,
     }
@@ -79,7 +84,9 @@ def estimate(config: RunConfig) -> MemoryEstimate:
             **trained,
             "logits": 3 * 4 * policy.logits_chunk_tokens * shape.vocab_size,
             "flow map": tokens * longest * (1 if config.signals.flow.storage == "bfloat16" else 2) * traces_flow,
-            "reference": (size * parameters / (ranks if stage == 3 else 1)) if config.needs_reference else 0,
+            "reference": (size * parameters / (ranks if stage == 3 else 1))
+            if config.needs_reference and not policy.lora
+            else 0,
         },
         {
             "weights": size * parameters / config.rollout.tensor_parallel_size,

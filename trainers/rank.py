@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from rlattn.config import PolicyConfig, RunConfig
+from rlattn.trainers.lora import Entry, entries
 from rlattn.trainers.rng import load_rng, save_rng, seed_rng
 
 GROUP_ELEMENTS = 256 << 20  # parameters that the optimizer steps together
@@ -73,23 +74,29 @@ class Rank:
             state = {name: tensor for bucket in self.buckets() for name, tensor in bucket.items()}
             if self.rank == 0:
                 self.lm.save_pretrained(Path(folder, "model"), state_dict=state)
+            self.save_adapter(folder)
         except (RuntimeError, SafetensorError) as error:  # what a failed write is called by torch and safetensors
             raise OSError(f"writing failed with {shutil.disk_usage(folder).free >> 20} MiB free: {error}") from error
 
+    def save_adapter(self, folder: str) -> None:
+        """Write what else a subclass keeps of its model; every rank takes part."""
+
     def buckets(self) -> Iterator[dict[str, Tensor]]:
         """Dicts name -> CPU tensor of at most BUCKET_BYTES, on rank 0; every rank must iterate (ZeRO-3 gathers)."""
-        bucket: list[tuple[str, nn.Parameter]] = []
+        bucket: list[Entry] = []
         size = 0
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        named = list(self.lm.named_parameters())
-        for i, (name, parameter) in enumerate(named):
-            bucket.append((name, parameter))
-            size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-            if size >= BUCKET_BYTES or i == len(named) - 1:
-                with GatheredParameters([p for _, p in bucket], enabled=hasattr(parameter, "ds_id")):
+        everything = list(entries(self.lm))
+        for i, entry in enumerate(everything):
+            bucket.append(entry)
+            weight = entry[1][0]
+            size += getattr(weight, "ds_numel", weight.numel()) * weight.element_size()
+            if size >= BUCKET_BYTES or i == len(everything) - 1:
+                needed = [p for _, parameters, _ in bucket for p in parameters]
+                with GatheredParameters(needed, enabled=hasattr(weight, "ds_id")):
                     if self.rank == 0:
-                        yield {n: p.detach().to("cpu", copy=True) for n, p in bucket}
+                        yield {name: make().to("cpu", copy=True) for name, _, make in bucket}
                 bucket, size = [], 0
 
     def trained(self, model: nn.Module, learning_rate: float) -> Any:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import ray
 import torch
@@ -18,6 +19,7 @@ from rlattn.kernels import Capture, FlowMap, FlowOptions, StatisticsOptions
 from rlattn.losses.inputs import LossInputs
 from rlattn.losses.token import micro_batch_loss
 from rlattn.signals import HeadMeans, SignalRows, groups_of, pool_heads, reduce_rows, reduce_signals
+from rlattn.trainers.lora import adapted
 from rlattn.trainers.model import PolicyModel, captured_layers, load_model
 from rlattn.trainers.packing import MicroBatch
 from rlattn.trainers.rank import Rank
@@ -52,7 +54,9 @@ class PolicyWorker(Rank):
         """Join the other ranks, load the weights and, where given, the checkpoint's optimizer state."""
         self.join(endpoint)
         policy, signals = self.config.policy, self.config.signals
-        self.lm = load_model(self.config.model, model_path)
+        # A checkpoint's model has the adapters merged in: they are restored beside the weights that they started from.
+        self.lm = load_model(self.config.model, reference_path if policy.lora else model_path)
+        self.adapters = adapted(self.lm, policy.lora, self.config.seed) if policy.lora else None
         if policy.gradient_checkpointing:
             self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.bonus = self.config.algorithm.entropy_coef > 0
@@ -63,7 +67,7 @@ class PolicyWorker(Rank):
         self.layers = captured_layers(signals, self.lm.config)
         self.receivers = signals.fai_low if signals.heads.select == "receiver" else None
         self.reference = None
-        if self.config.needs_reference:
+        if self.config.needs_reference and not self.adapters:
             reference = load_model(self.config.model, reference_path)
             self.reference = self.frozen(PolicyModel(reference, self.config.rollout.temperature))
 
@@ -119,9 +123,8 @@ class PolicyWorker(Rank):
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], SignalRows]:
         """One forward with capture: log-probs and entropy [n] to learn from, columns [t] for the driver, head rows."""
         columns = {}
-        if self.reference is not None:
-            with torch.no_grad():
-                columns["reference_logps"] = spread(micro, self.reference(micro)[0])
+        if self.config.needs_reference:
+            columns["reference_logps"] = spread(micro, self._reference_logps(micro))
         flow = self._flow_map(micro) if "flow" in self.extra else None
         capture = Capture(self.layers, self.options, micro.response_starts, spans=spans, flow=flow)
         logps, entropy = self.engine(micro, capture=capture, with_entropy=True)
@@ -136,6 +139,15 @@ class PolicyWorker(Rank):
             flow=None if flow is None else flow.flow,
         )
         return logps, entropy, columns, rows
+
+    def _reference_logps(self, micro: MicroBatch) -> Tensor:
+        """[n] under the starting weights: another model, or this one without its adapters."""
+        with torch.no_grad():
+            if self.adapters is None:
+                assert self.reference is not None
+                return self.reference(micro)[0]
+            with self.adapters.disable_adapter():
+                return self.engine(micro)[0]
 
     def _flow_map(self, micro: MicroBatch) -> FlowMap:
         """A map to gather; where a response has no answer, its last tokens stand for one."""
@@ -165,15 +177,24 @@ class PolicyWorker(Rank):
         rows, names = micro.response_indices, {field.name for field in fields(LossInputs)}
         given = {name: column[rows].to(self.device) for name, column in columns.items() if name in names}  # [n] each
         sequences = torch.repeat_interleave(torch.arange(len(micro.cu_seqlens) - 1), micro.response_lengths)
-        own = {"logps": logps, "sequences": sequences.to(self.device)} | (
-            {} if entropy is None else {"entropy": entropy}
-        )
-        inputs = LossInputs(**(given | own))
+        given |= {"logps": logps, "sequences": sequences.to(self.device)}
+        inputs = LossInputs(**(given if entropy is None else given | {"entropy": entropy}))
         loss, measured = micro_batch_loss(inputs, self.config.algorithm)
         counted = inputs.counted  # masked truncated completions are in no mean
         sums = {name: values[counted].sum().item() for name, values in measured.items()}
         sums["tokens"] = int(counted.sum())
         return sums | self.step(loss, last=last)
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the adapters to `folder`/adapter in PEFT's format, from rank 0."""
+        if self.adapters is None:
+            return
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        learned = [p for p in self.lm.parameters() if p.requires_grad]
+        with GatheredParameters(learned, enabled=hasattr(learned[0], "ds_id")):
+            if self.rank == 0:
+                self.adapters.save_pretrained(str(Path(folder, "adapter")))
 
     def weights(self) -> list[ray.ObjectRef]:
         """The whole policy in Hugging Face names, gathered bucket by bucket; refs on rank 0, none elsewhere."""

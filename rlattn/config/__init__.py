@@ -7,7 +7,7 @@ what `--dry-run` prints is what runs.
 
 from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
 from rlattn.config.model import ModelConfig, WarmupConfig
-from rlattn.config.policy import OWNED_DEEPSPEED_KEYS, PolicyConfig
+from rlattn.config.policy import OWNED_DEEPSPEED_KEYS, LoRAConfig, PolicyConfig
 from rlattn.config.ppo import PPOConfig
 from rlattn.config.read import describe, differences, load_config, override, read_tree, validate
 from rlattn.config.rollout import RolloutConfig
@@ -25,6 +25,7 @@ __all__ = [
     "CreditConfig",
     "FlowConfig",
     "HeadsConfig",
+    "LoRAConfig",
     "ModelConfig",
     "PPOConfig",
     "PolicyConfig",

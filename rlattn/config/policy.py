@@ -21,6 +21,19 @@ OWNED_DEEPSPEED_KEYS = {
 }
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters; names are PEFT's. The weights themselves stay as they are."""
+
+    r: Positive = 16
+    """Rank of an adapter."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """An adapter's product counts lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that training drops; old log-probs are scored without."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers that get one: names such as [q_proj, v_proj], or every linear layer but the head."""
+
+
 class PolicyConfig(Section):
     """The trained model: one DeepSpeed engine per rank, each a Ray actor."""
 
@@ -46,6 +59,8 @@ class PolicyConfig(Section):
     """Tokens in one packed forward; a single longer sequence is an error."""
     logits_chunk_tokens: Positive = 1024
     """Tokens whose logits exist at one time."""
+    lora: LoRAConfig | None = None
+    """Learn low-rank adapters in place of the weights; None learns the weights. Engines get merged weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
