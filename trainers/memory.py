@@ -84,9 +84,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
             **trained,
             "logits": 3 * 4 * policy.logits_chunk_tokens * shape.vocab_size,
             "flow map": tokens * longest * (1 if config.signals.flow.storage == "bfloat16" else 2) * traces_flow,
-            "reference": (size * parameters / (ranks if stage == 3 else 1))
-            if config.needs_reference and not policy.lora
-            else 0,
+            "reference": trained["weights"] if config.needs_reference and not policy.lora else 0,
         },
         {
             "weights": size * parameters / config.rollout.tensor_parallel_size,
