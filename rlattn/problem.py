@@ -18,6 +18,7 @@ class Problem:
         chat: the prompt is a user's message: wrap it in the tokenizer's chat template, where it has one. Otherwise the
             model sees exactly `prompt`.
         subject: which table row it belongs to in per-subject results, if any.
+        columns: further columns of its data row, which reward functions are given.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Problem:
     answer: Any
     chat: bool = False
     subject: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ TASKS = Registry(
     "rlattn.tasks",
     {
         "countdown": "rlattn.tasks.countdown:Countdown",
+        "dataset": "rlattn.tasks.dataset:Dataset",
         "zebralogic": "rlattn.tasks.zebralogic:ZebraLogic",
         "aime24": "rlattn.tasks.aime24:AIME24",
         "aime25": "rlattn.tasks.aime25:AIME25",

@@ -17,6 +17,7 @@ from rlattn.console import Console
 from rlattn.data import check_same, fingerprint
 from rlattn.metrics import completion_records
 from rlattn.report import write_report
+from rlattn.reward_functions import load_function
 from rlattn.rollout.cluster import local_cpus, reserve, start_ray
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.placement import plan
@@ -30,6 +31,7 @@ from rlattn.trainers.memory import shape_of
 from rlattn.trainers.model import captured_layers, out_of_reach
 from rlattn.trainers.policy import Policy
 from rlattn.trainers.ppo import PPOTrainer
+from rlattn.trainers.reward_pool import RewardPool
 from rlattn.trainers.rng import load_rng, save_rng
 from rlattn.trainers.trainer import Trainer
 from rlattn.trainers.universal import check_sharding, loadable, sharding
@@ -62,6 +64,8 @@ def train(
     check_engine_args(config)
     local_cpus(config, plan(config))
     captured_layers(config.signals, shape_of(config))
+    for function in config.rewards.functions:
+        load_function(function)
     task = load_task(config.task, config.task.seed)
     benchmarks = [load_task(named, named.seed, training=False) for named in config.trainer.eval_tasks]
     checkpoints = Checkpoints(config.output_dir.absolute() / "checkpoints", config.trainer.save_total_limit)
@@ -178,7 +182,8 @@ def start(
             rollout = RolloutPool(config, model_path, tokenizer, plan=layout, group=group, version=version)
             loaded.result()
         with VerifierPool() as verifiers:
-            parts = config, task, rollout, policy, verifiers, benchmarks
+            functions = RewardPool(config.rewards) if config.rewards.functions else None
+            parts = config, task, rollout, policy, verifiers, benchmarks, functions
             yield PPOTrainer(*parts, critic=critic) if critic else GRPOTrainer(*parts)
     finally:
         ray.shutdown()

@@ -7,6 +7,7 @@ a resumed run repeats an uninterrupted one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from rlattn.signals import signal_metrics
 from rlattn.tasks import Task
 from rlattn.timing import PhaseTimer
 from rlattn.trainers.policy import Policy
+from rlattn.trainers.reward_pool import RewardPool
 from rlattn.types import Rollouts, Scores
 from rlattn.verifiers.pool import VerifierPool
 
@@ -52,7 +54,9 @@ class Trainer(ABC):
         policy: Policy,
         verifiers: VerifierPool,
         benchmarks: Sequence[Task] = (),
+        functions: RewardPool | None = None,
     ) -> None:
+        self.functions = functions
         self.config, self.task, self.rollout, self.policy, self.verifiers = config, task, rollout, policy, verifiers
         self.asked = {"eval": task} | {  # what evaluation asks, by the prefix of its metrics
             f"eval/{named.name}": task for named, task in zip(config.trainer.eval_tasks, benchmarks, strict=True)
@@ -75,6 +79,7 @@ class Trainer(ABC):
     def sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:
         """The step's completions with their rewards; with `algorithm.filter_groups`, of groups whose rewards differ."""
         config, filtering = self.config, self.config.algorithm.filter_groups
+        failures: Counter[str] = Counter()
         most, generations = config.algorithm.max_num_gen_batches, config.rollout.num_generations
 
         def draw(index: int) -> Rollouts:
@@ -83,10 +88,22 @@ class Trainer(ABC):
                 first = index * len(prompts) * generations
                 rollouts = self.rollout.generate(prompts, generations, seed=config.seed, step=step, first=first)
             with timer("reward"):
-                rollouts = rewards.judge(rollouts, self.task, self.verifiers)
-                return rewards.with_parts(rollouts, rewards.overlong(rollouts, config))
+                return self.reward(rollouts, failures)
 
-        return fill(draw, config.trainer.prompts_per_step, most) if filtering else (draw(0), {})
+        rollouts, metrics = fill(draw, config.trainer.prompts_per_step, most) if filtering else (draw(0), {})
+        return rollouts, metrics | failures
+
+    def reward(self, rollouts: Rollouts, failures: Counter[str]) -> Rollouts:
+        """The completions with every part of their training reward; adds to `failures` what functions failed on."""
+        weight, parts = self.config.rewards.verifier_weight, rewards.overlong(rollouts, self.config)
+        if weight:
+            judged = rewards.judge(rollouts, self.task, self.verifiers).reward_parts
+            parts = {name: weight * part for name, part in judged.items()} | parts
+        if self.functions:
+            own, failed = self.functions.score(rollouts)
+            failures.update(failed)
+            parts |= own
+        return rewards.with_parts(rollouts, parts)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the test sets under the current weights; the same draws each time, so that steps compare."""

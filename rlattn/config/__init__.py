@@ -10,6 +10,7 @@ from rlattn.config.model import ModelConfig, WarmupConfig
 from rlattn.config.policy import OWNED_DEEPSPEED_KEYS, LoRAConfig, PolicyConfig
 from rlattn.config.ppo import PPOConfig
 from rlattn.config.read import describe, differences, load_config, override, read_tree, validate
+from rlattn.config.rewards import RewardFunctionConfig, RewardsConfig
 from rlattn.config.rollout import RolloutConfig
 from rlattn.config.run import FREE, RunConfig
 from rlattn.config.section import ConfigError, Positive, Seconds, Section, Share
@@ -31,6 +32,8 @@ __all__ = [
     "PolicyConfig",
     "Positive",
     "RayConfig",
+    "RewardFunctionConfig",
+    "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
     "Seconds",

@@ -11,6 +11,7 @@ from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
 from rlattn.config.model import ModelConfig
 from rlattn.config.policy import PolicyConfig
 from rlattn.config.ppo import PPOConfig
+from rlattn.config.rewards import RewardsConfig
 from rlattn.config.rollout import RolloutConfig
 from rlattn.config.section import Section
 from rlattn.config.signals import SignalsConfig
@@ -33,6 +34,8 @@ class RunConfig(Section):
     """Where everything that the run writes goes."""
     task: TaskConfig = TaskConfig()
     """What is learned."""
+    rewards: RewardsConfig = RewardsConfig()
+    """What a completion is worth."""
     model: ModelConfig = ModelConfig()
     """The policy's starting point."""
     rollout: RolloutConfig = RolloutConfig()
@@ -76,6 +79,8 @@ class RunConfig(Section):
                 f"algorithm.overlong_buffer_tokens={self.algorithm.overlong_buffer_tokens} must be at most "
                 f"rollout.max_completion_length={self.rollout.max_completion_length}"
             )
+        if not self.rewards.verifier_weight and not self.rewards.functions:
+            raise ValueError("rewards.verifier_weight=0 without rewards.functions leaves no reward; set one of them")
         if self.algorithm.name == "ppo":
             self._check_ppo()
         if self.signals.forward == "train":

@@ -57,6 +57,15 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     return _load(str(path), READERS[path.suffix], None, "train", data_files=str(path))
 
 
+def read_hub(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+    """Rows of a split of a hub's data set.
+
+    Raises:
+        ConfigError: there is none, or the hub is out of reach.
+    """
+    return _load(f"the data set {name!r} of the Hugging Face hub", name, subset, split)
+
+
 def first_of(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
     """The first of the columns `names` that `row` has.
 
