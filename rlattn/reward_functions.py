@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ def load_function(config: RewardFunctionConfig) -> RewardFunction:
     return function
 
 
-def call(function: RewardFunction, label: str, columns: dict[str, Sequence[Any]], options: dict[str, Any]) -> list[Any]:
+def call(
+    function: RewardFunction, label: str, columns: Mapping[str, Sequence[Any]], options: Mapping[str, Any]
+) -> list[Any]:
     """What a function says of some completions, awaited where it is async.
 
     Args:

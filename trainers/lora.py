@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from rlattn.config import ConfigError, LoRAConfig
 
 ADAPTER = "default"
-Entry = tuple[str, list[nn.Parameter], Callable[[], Tensor]]
+Entry = tuple[str, Sequence[Tensor], Callable[[], Tensor]]
 """A weight's Hugging Face name, the parameters it is made of, and what makes it once these are whole."""
 
 
@@ -48,8 +49,8 @@ def entries(lm: nn.Module) -> Iterator[Entry]:
             yield f"{prefix}.{rest}", [parameter], parameter.detach
 
 
-def _pair(layer: LoraLayer) -> list[nn.Parameter]:
-    return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+def _pair(layer: LoraLayer) -> list[Tensor]:
+    return [cast("nn.Linear", half[ADAPTER]).weight for half in (layer.lora_A, layer.lora_B)]
 
 
 def _merged(parameter: nn.Parameter, layer: LoraLayer) -> Callable[[], Tensor]:

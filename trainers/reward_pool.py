@@ -78,7 +78,8 @@ class RewardPool:
         waiting = deque(
             Call(index, sequences) for index in range(len(self.config.functions)) for sequences in _groups(rollouts)
         )
-        idle, running = list(self.workers), {}
+        idle = list(self.workers)
+        running: dict[ray.ObjectRef, tuple[Any, Call, float]] = {}
         while waiting or running:
             while waiting and idle:
                 worker, job = idle.pop(), waiting.popleft()
