@@ -4,10 +4,13 @@
     python -P benchmarks/policy_vs_trl.py --shapes tiny    # a CPU, to see that it runs
 
 Random weights of Qwen3's shapes, no generation. `score` gives old log-probs (ours: entropy and attention signals too),
-`update` is forward, backward, clipping and AdamW. Each side runs in a process of its own, with bf16 matrix products,
-fp32 master weights and moments, gradient checkpointing, and the whole batch in one micro-batch where it fits 16,384
-tokens. TRL pads, as it does for its users; ours is packed. Log-probs, loss and gradient norm are compared in the same
-run, and the figures count only where they agree.
+`update` is forward, backward, clipping and AdamW. Each side runs in a process of its own, with gradient checkpointing
+and the whole batch in one micro-batch where it fits 16,384 tokens. TRL pads, as it does for its users; ours is packed.
+
+TRL runs twice: with fp32 weights under autocast (`theirs`, its default), whose optimizer is as exact as ours but whose
+forward keeps an fp32 residual stream; and with bf16 weights (`theirs-bf16`), whose forward is as exact as ours but
+whose optimizer is not (no fp32 master weights and moments). Log-probs of the three are compared with an fp32 forward,
+before anything is learned; losses and gradient norms with each other.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ CASES = {  # prompt tokens, longest and shortest completion, sequences
     "tiny": (8, 56, 8, 8),
 }
 TOKENS_PER_MICRO_BATCH = 16384
-RUNS = 5
+RUNS = 3
+SIDES = ("ours", "theirs", "theirs-bf16")
 
 
 def batch(case: str, vocabulary: int):
@@ -115,13 +119,14 @@ def ours(model: str, shape: str, cases: list[str], device: str, write) -> None:
     group = reserve(config, layout)
     policy = Policy(config, layout, group)
     policy.load(model, model, None)
-    for case in cases:
-        rollouts, advantage = batch(case, VOCABULARY.get(shape, 151_936))
+    batches = {case: batch(case, VOCABULARY.get(shape, 151_936)) for case in cases}
+    starting = {case: policy.score(rollouts) for case, (rollouts, _) in batches.items()}  # before anything is learned
+    for case, (rollouts, advantage) in batches.items():
         shaped = advantage[rollouts.sequence_ids]
         scores = policy.score(rollouts)
         first = policy.update(rollouts, scores, shaped, 0)
         checks = {
-            "logps": scores.logps[rollouts.response_mask].tolist(),
+            "logps": starting[case].logps[rollouts.response_mask].tolist(),
             "loss": first["loss"],
             "grad_norm": first["grad_norm"],
         }
@@ -140,7 +145,7 @@ def padded(rows, side):
     return ids, mask
 
 
-def theirs(model: str, shape: str, cases: list[str], device: str, write) -> None:
+def theirs(model: str, shape: str, cases: list[str], device: str, write, dtype: str) -> None:
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -155,7 +160,7 @@ def theirs(model: str, shape: str, cases: list[str], device: str, write) -> None
         output_dir=tempfile.mkdtemp(),
         use_cpu=not gpu,
         bf16=gpu,
-        model_init_kwargs={"dtype": "float32"},  # master weights, as ours
+        model_init_kwargs={"dtype": dtype},
         gradient_checkpointing=True,
         report_to=[],
         max_completion_length=max(CASES[case][1] for case in cases),
@@ -183,45 +188,9 @@ def theirs(model: str, shape: str, cases: list[str], device: str, write) -> None
         torch.cuda.reset_peak_memory_stats()
         return most
 
-    for case in cases:
-        rollouts, advantage = batch(case, VOCABULARY.get(shape, 151_936))
-        starts, ends = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist(), rollouts.cu_seqlens[1:].tolist()
-        begins = rollouts.cu_seqlens[:-1].tolist()
-        prompts = [rollouts.token_ids[a:b] for a, b in zip(begins, starts, strict=True)]
-        answers = [rollouts.token_ids[a:b] for a, b in zip(starts, ends, strict=True)]
-        prompt_ids, prompt_mask = padded(prompts, "left")
-        completion_ids, completion_mask = padded(answers, "right")
-        inputs = {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": completion_ids,
-            "completion_mask": completion_mask,
-            "advantages": advantage,
-            "num_items_in_batch": completion_mask.sum(),
-        }
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        rows = max(1, TOKENS_PER_MICRO_BATCH // (prompt_ids.shape[1] + completion_ids.shape[1]))  # padded tokens
-        pieces = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-
-        def score(ids=ids, mask=mask, width=completion_ids.shape[1], rows=rows):
-            network.eval()
-            with torch.no_grad():
-                return trainer._get_per_token_logps_and_entropies(network, ids, mask, width, rows)[0]
-
+    prepared = {case: _padded_case(trainer, network, case, shape, device, exact=dtype == "float32") for case in cases}
+    for case, (inputs, score, pieces, checks) in prepared.items():
         old = score()
-        # The first sequence by a plain fp32 forward, before anything is learned.
-        tokens, start = rollouts.token_ids[begins[0] : ends[0]].to(device), starts[0]
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            base = trainer.accelerator.unwrap_model(network).eval()
-            hidden = base.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
-            exact = torch.cat(
-                [
-                    base.lm_head(rows).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-                    for rows, targets in zip(hidden.split(512), tokens[start:].split(512), strict=True)
-                ]
-            )
 
         def update(inputs=inputs, old=old, pieces=pieces):
             network.train()
@@ -237,29 +206,70 @@ def theirs(model: str, shape: str, cases: list[str], device: str, write) -> None
             optimizer.zero_grad()
             return total, float(norm)
 
-        loss, norm = update()
-        checks = {"logps": old[inputs["completion_mask"].bool()].tolist(), "loss": loss, "grad_norm": norm}
-        checks["reference"] = exact.tolist()
+        checks["loss"], checks["grad_norm"] = update()
         scoring, updating = timed(score, device, peak), timed(update, device, peak)
-        write(case, {"tokens": len(rollouts.token_ids), "score": scoring, "update": updating}, checks)
+        tokens = int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
+        write(case, {"tokens": tokens, "score": scoring, "update": updating}, checks)
 
 
-def agreement(own: dict, other: dict) -> dict:
-    """How far two sides' first scores and update are apart.
-
-    `equal`: our log-probs are no further from those of an fp32 forward than TRL's (a tenth for chance), gradient norms
-    differ by less than 1%, and losses by less than 1e-3.
-    """
-    a, b, exact = (torch.tensor(values) for values in (own["logps"], other["logps"], other["reference"]))
-    errors = [(side[: len(exact)] - exact).abs().mean().item() for side in (a, b)]
-    found = {
-        "logps_error_against_fp32": errors,
-        "logps_max_abs_between": (a - b).abs().max().item(),
-        "loss": [own["loss"], other["loss"]],
-        "grad_norm": [own["grad_norm"], other["grad_norm"]],
+def _padded_case(trainer, network, case, shape, device, *, exact):
+    """A case as TRL has it: its inputs, what scores them, its micro-batches, and its log-probs before any update."""
+    rollouts, advantage = batch(case, VOCABULARY.get(shape, 151_936))
+    begins, ends = rollouts.cu_seqlens[:-1].tolist(), rollouts.cu_seqlens[1:].tolist()
+    starts = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist()
+    prompt_ids, prompt_mask = padded([rollouts.token_ids[a:b] for a, b in zip(begins, starts, strict=True)], "left")
+    completions = [rollouts.token_ids[a:b] for a, b in zip(starts, ends, strict=True)]
+    completion_ids, completion_mask = padded(completions, "right")
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": advantage,
+        "num_items_in_batch": completion_mask.sum(),
     }
-    norms = abs(own["grad_norm"] / other["grad_norm"] - 1)
-    found["equal"] = errors[0] < 1.1 * errors[1] and norms < 0.01 and abs(own["loss"] - other["loss"]) < 1e-3
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    width = completion_ids.shape[1]
+    rows = max(1, TOKENS_PER_MICRO_BATCH // (prompt_ids.shape[1] + width))  # padded tokens count
+    pieces = [slice(i, i + rows) for i in range(0, len(begins), rows)]
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+
+    def score():
+        network.eval()
+        with torch.no_grad():
+            return trainer._get_per_token_logps_and_entropies(network, ids, mask, width, rows)[0]
+
+    checks = {"logps": score()[inputs["completion_mask"].bool()].tolist()}
+    if exact:  # the first sequence by a plain fp32 forward
+        tokens, start = rollouts.token_ids[begins[0] : ends[0]].to(device), starts[0]
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            base = trainer.accelerator.unwrap_model(network).eval()
+            hidden = base.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
+            parts = zip(hidden.split(512), tokens[start:].split(512), strict=True)
+            tables = (base.lm_head(rows).float().log_softmax(-1).gather(1, own[:, None])[:, 0] for rows, own in parts)
+            checks["reference"] = torch.cat(list(tables)).tolist()
+    return inputs, score, pieces, checks
+
+
+def agreement(sides: dict[str, dict]) -> dict:
+    """How far the sides' first scores and updates are apart.
+
+    `equal`: our log-probs are no further from those of an fp32 forward than those of TRL's bf16 weights (a tenth for
+    chance), gradient norms differ by less than 1% from either's, and losses by less than 1e-3.
+    """
+    exact = torch.tensor(sides["theirs"]["reference"])
+    errors = {
+        name: (torch.tensor(side["logps"])[: len(exact)] - exact).abs().mean().item() for name, side in sides.items()
+    }
+    found: dict = {"logps_error_against_fp32": errors}
+    for name in ("loss", "grad_norm"):
+        found[name] = {side: values[name] for side, values in sides.items()}
+    own, others = sides["ours"], [sides["theirs"], sides["theirs-bf16"]]
+    found["equal"] = errors["ours"] < 1.1 * errors["theirs-bf16"] and all(
+        abs(own["grad_norm"] / other["grad_norm"] - 1) < 0.01 and abs(own["loss"] - other["loss"]) < 1e-3
+        for other in others
+    )
     return found
 
 
@@ -280,7 +290,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "4b"], choices=SHAPES)
     parser.add_argument("--cases", nargs="+", default=None, choices=CASES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policy_vs_trl.json"))
-    parser.add_argument("--side", choices=["ours", "theirs"])
+    parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--model")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,7 +301,10 @@ def main() -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / f"{case}-{args.side}.json").write_text(json.dumps({"measured": measured, "checks": checks}))
 
-        return (ours if args.side == "ours" else theirs)(args.model, shape, args.cases, device, write)
+        if args.side == "ours":
+            return ours(args.model, shape, args.cases, device, write)
+        dtype = "bfloat16" if args.side == "theirs-bf16" else "float32"
+        return theirs(args.model, shape, args.cases, device, write, dtype)
 
     from rlattn.versions import installed_versions
 
@@ -304,24 +317,25 @@ def main() -> None:
             make_model(shape, folder)
             if device == "cuda":
                 torch.cuda.empty_cache()
-            for side in ("theirs", "ours"):
+            for side in SIDES:
                 command = [sys.executable, "-P", __file__, "--side", side, "--shapes", shape, "--model", folder]
                 command += ["--out", f"{folder}/out", "--cases", *cases]
                 done = subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}, timeout=900)
                 if done.returncode:
                     print(f"{shape} {side}: failed with {done.returncode}", file=sys.stderr)
             for case in cases:
-                found = {side: Path(folder, "out", f"{case}-{side}.json") for side in ("ours", "theirs")}
+                found = {side: Path(folder, "out", f"{case}-{side}.json") for side in SIDES}
                 sides = {side: json.loads(path.read_text()) for side, path in found.items() if path.exists()}
                 line: dict = {side: both["measured"] for side, both in sides.items()}
-                if len(sides) == 2:
-                    line["agreement"] = agreement(*(both["checks"] for both in sides.values()))
+                for own in line.values():
                     for phase in ("score", "update"):
-                        line[f"{phase}_speedup"] = line["theirs"][phase]["seconds"] / line["ours"][phase]["seconds"]
-                for both in sides.values():
-                    for phase in ("score", "update"):
-                        own = both["measured"][phase]
-                        own["tokens_per_second"] = both["measured"]["tokens"] / own["seconds"]
+                        own[phase]["tokens_per_second"] = own["tokens"] / own[phase]["seconds"]
+                if len(sides) == len(SIDES):
+                    line["agreement"] = agreement({side: both["checks"] for side, both in sides.items()})
+                    line["speedup"] = {
+                        side: {p: line[side][p]["seconds"] / line["ours"][p]["seconds"] for p in ("score", "update")}
+                        for side in SIDES[1:]
+                    }
                 result["cases"][f"{shape} {case}"] = line
                 print(shape, case, json.dumps(line))
                 args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from trl.kernels import ChunkedLogProbFunction
 
 from rlattn.logprobs import token_logps
 
@@ -23,6 +22,8 @@ def response_logps(
     [n, V].
     """
     if type(head) is nn.Linear and head.weight.is_cuda and not hasattr(head.weight, "ds_id"):
+        from trl.kernels import ChunkedLogProbFunction  # trl is loaded only where it is used
+
         outputs = ("entropy",) if with_entropy else ()
         logps, entropy, *_ = ChunkedLogProbFunction.apply(
             hidden, head.weight, head.bias, targets, temperature, VOCABULARY_CHUNK, None, 1.0, outputs

@@ -10,6 +10,7 @@ from PIL import Image
 
 from rlattn.cli import main
 from rlattn.config import RunConfig, load_config
+from rlattn.trainers.manifest import write_manifest
 
 COUNT = 6
 TASK = ["--task", "countdown", "task.options.prompt=compact"]
@@ -87,6 +88,7 @@ def test_a_run_is_analysed_with_its_own_task_and_signals(model_path, tmp_path, m
     checkpoint.mkdir(parents=True)
     shutil.copytree(model_path, checkpoint / "model")
     (checkpoint / "state.json").write_text('{"step": 4}')
+    write_manifest(checkpoint)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     assert load_config(tmp_path / "run" / "config.yaml") == run
     assert main(["analyze", "run", "-n", "3", "perturbation.positions=0", "signals.fai_low=5", "--seed", "7"]) == 0
