@@ -61,8 +61,10 @@ class MicroBatch:
 def plan(lengths: list[int], ranks: int, budget: int) -> Plan:
     """Assign sequences to `ranks`, equally many micro-batches each, of at most `budget` tokens and of similar load.
 
-    Longest first, each to the emptiest micro-batch; one more per rank is tried until all fit. The result depends on
-    the lengths alone. A micro-batch may be empty where sequences are few and long.
+    Longest first, each to the emptiest micro-batch; one more per rank is tried until all fit. Ranks run micro-batches
+    of like load at the same time. The result depends on the lengths alone. A micro-batch may be empty where sequences
+    are few and long. (Karmarkar-Karp differencing, by the library numberpartitioning, made ranks wait as long, up to
+    1.9% of a pass over eight batches of 32 to 512 sequences, and it knows no budget.)
 
     Raises:
         ValueError: a sequence longer than the budget, or fewer sequences than ranks.
@@ -80,7 +82,8 @@ def plan(lengths: list[int], ranks: int, budget: int) -> Plan:
             load, j = heapq.heappop(heap)
             bins[j].append(i)
             heapq.heappush(heap, (load + lengths[i], j))
-        if all(sum(lengths[i] for i in chosen) <= budget for chosen in bins):
+        bins.sort(key=lambda chosen: -sum(lengths[i] for i in chosen))
+        if sum(lengths[i] for i in bins[0]) <= budget:
             return [[sorted(chosen) for chosen in bins[rank::ranks]] for rank in range(ranks)]
         per_rank += 1
 
