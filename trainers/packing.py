@@ -82,9 +82,9 @@ def plan(lengths: list[int], ranks: int, budget: int) -> Plan:
             load, j = heapq.heappop(heap)
             bins[j].append(i)
             heapq.heappush(heap, (load + lengths[i], j))
-        bins.sort(key=lambda chosen: -sum(lengths[i] for i in chosen))
-        if sum(lengths[i] for i in bins[0]) <= budget:
-            return [[sorted(chosen) for chosen in bins[rank::ranks]] for rank in range(ranks)]
+        heap.sort(key=lambda entry: (-entry[0], entry[1]))  # the fullest first
+        if heap[0][0] <= budget:
+            return [[sorted(bins[j]) for _, j in heap[rank::ranks]] for rank in range(ranks)]
         per_rank += 1
 
 

@@ -23,6 +23,12 @@ def test_plan_balances():
     assert max(loads) - min(loads) <= 10
 
 
+def test_ranks_run_like_loads_together():
+    lengths = [60, 50, 40, 30, 25]
+    loads = [[sum(lengths[i] for i in micro) for micro in rank] for rank in packing.plan(lengths, 2, 60)]
+    assert loads == [[60, 50], [55, 40]]
+
+
 def test_plan_refuses_what_cannot_fit():
     with pytest.raises(ValueError, match="a sequence of 11 tokens exceeds"):
         packing.plan([11, 3], 1, 10)
