@@ -1,6 +1,9 @@
 """Scoring and updating a policy: tokens a second and peak memory beside TRL's GRPOTrainer, on the same batch.
 
     python -P benchmarks/policy_vs_trl.py                  # H100: 0.6B and 4B shapes, 1K and 8K tokens
+    python -P benchmarks/policy_vs_trl.py --cases 32k --out benchmarks/results/policy_vs_trl_32k.json
+    python -P benchmarks/policy_vs_trl.py --shapes 4b --cases 1k --sides ours --zero '{"stage": 1, "offload_optimizer":
+        {"device": "cpu"}}' --out benchmarks/results/policy_offload.json
     python -P benchmarks/policy_vs_trl.py --shapes tiny    # a CPU, to see that it runs
 
 Random weights of Qwen3's shapes, no generation. `score` gives old log-probs (ours: entropy and attention signals too),
@@ -38,11 +41,18 @@ CASES = {  # prompt tokens, longest and shortest completion, sequences
     "1k-equal": (128, 896, 896, 16),
     "8k": (128, 8064, 1024, 4),
     "8k-equal": (128, 8064, 8064, 2),
+    "32k": (128, 32_640, 32_640, 2),
     "tiny": (8, 56, 8, 8),
 }
+ASKED_FOR = ("32k", "tiny")  # not in the default run
 TOKENS_PER_MICRO_BATCH = 16384
 RUNS = 3
 SIDES = ("ours", "theirs", "theirs-bf16")
+
+
+def budget(cases: list[str]) -> int:
+    """Tokens of a micro-batch: TOKENS_PER_MICRO_BATCH, or the longest sequence."""
+    return max(TOKENS_PER_MICRO_BATCH, *(CASES[case][0] + CASES[case][1] for case in cases))
 
 
 def batch(case: str, vocabulary: int):
@@ -87,7 +97,7 @@ def timed(call, device, peak):
     return {"seconds": statistics.median(seconds), "gib": peak() / 2**30}
 
 
-def ours(model: str, shape: str, cases: list[str], device: str, write) -> None:
+def ours(model: str, shape: str, cases: list[str], device: str, write, zero: dict) -> None:
     import ray
 
     from rlattn.config import RunConfig
@@ -106,9 +116,9 @@ def ours(model: str, shape: str, cases: list[str], device: str, write) -> None:
                 else 0,  # the plan seats an engine beside it, which is not started
                 "cpus_per_rank": 4 if device == "cuda" else 1,
                 "gradient_checkpointing": True,
-                "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
+                "tokens_per_micro_batch": budget(cases),
                 # 4B: fp32 gradients beside fp32 master weights and moments do not fit an H100
-                "deepspeed": {"zero_optimization": {"stage": 1}}
+                "deepspeed": {"zero_optimization": zero}
                 | ({"data_types": {"grad_accum_dtype": "bf16"}} if shape == "4b" else {}),
             },
             "trainer": {"prompts_per_step": 1},
@@ -230,7 +240,7 @@ def _padded_case(trainer, network, case, shape, device, *, exact):
     }
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     width = completion_ids.shape[1]
-    rows = max(1, TOKENS_PER_MICRO_BATCH // (prompt_ids.shape[1] + width))  # padded tokens count
+    rows = max(1, budget([case]) // (prompt_ids.shape[1] + width))  # padded tokens count
     pieces = [slice(i, i + rows) for i in range(0, len(begins), rows)]
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -290,7 +300,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "4b"], choices=SHAPES)
     parser.add_argument("--cases", nargs="+", default=None, choices=CASES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policy_vs_trl.json"))
-    parser.add_argument("--side", choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--zero", type=json.loads, default={"stage": 1}, help="our zero_optimization block")
+    parser.add_argument("--side", choices=SIDES, help="(what a child runs)")
     parser.add_argument("--model")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -302,7 +314,7 @@ def main() -> None:
             (args.out / f"{case}-{args.side}.json").write_text(json.dumps({"measured": measured, "checks": checks}))
 
         if args.side == "ours":
-            return ours(args.model, shape, args.cases, device, write)
+            return ours(args.model, shape, args.cases, device, write, args.zero)
         dtype = "bfloat16" if args.side == "theirs-bf16" else "float32"
         return theirs(args.model, shape, args.cases, device, write, dtype)
 
@@ -310,16 +322,16 @@ def main() -> None:
 
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     packages = installed_versions(["torch", "transformers", "trl", "deepspeed", "ray", "triton"])
-    result: dict = {"device": name, "versions": packages, "runs": RUNS, "cases": {}}
+    result: dict = {"device": name, "versions": packages, "runs": RUNS, "zero": args.zero, "cases": {}}
     for shape in args.shapes:
-        cases = args.cases or (["tiny"] if shape == "tiny" else [case for case in CASES if case != "tiny"])
+        cases = args.cases or (["tiny"] if shape == "tiny" else [case for case in CASES if case not in ASKED_FOR])
         with tempfile.TemporaryDirectory() as folder:
             make_model(shape, folder)
             if device == "cuda":
                 torch.cuda.empty_cache()
-            for side in SIDES:
+            for side in args.sides:
                 command = [sys.executable, "-P", __file__, "--side", side, "--shapes", shape, "--model", folder]
-                command += ["--out", f"{folder}/out", "--cases", *cases]
+                command += ["--out", f"{folder}/out", "--zero", json.dumps(args.zero), "--cases", *cases]
                 done = subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}, timeout=900)
                 if done.returncode:
                     print(f"{shape} {side}: failed with {done.returncode}", file=sys.stderr)

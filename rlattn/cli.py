@@ -114,7 +114,10 @@ def export(args: argparse.Namespace) -> None:
     checkpoint = newest(_run_dir(args.run_dir), "export", step=args.step, best=args.best)
     if args.out.exists():
         raise ConfigError(f"{args.out} exists already; give a folder that does not")
-    shutil.copytree(checkpoint / "model", args.out)
+    source = checkpoint / ("adapter" if args.adapter else "model")
+    if not source.is_dir():
+        raise ConfigError(f"{checkpoint} holds no adapter, as the run has no policy.lora; export without --adapter")
+    shutil.copytree(source, args.out)
     print(f"{checkpoint.name} exported to {args.out}")
 
 
@@ -161,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("export", export, "Copy a checkpoint's Hugging Face model: the newest's unless told.")
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)
+    command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in PEFT's format")
     add_choice(command)
     return parser
 

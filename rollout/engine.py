@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
 HEARTBEAT_S = 5.0
@@ -59,6 +62,7 @@ class Engine:
         self.llm = LLM(**engine_args)
         self.load_seconds = time.perf_counter() - started
         self.version: int | None = version
+        self.adapter: LoRARequest | None = None
 
     def info(self) -> dict[str, Any]:
         """Process id and seconds that loading took."""
@@ -96,7 +100,7 @@ class Engine:
             for request in requests
         ]
         prompts = [TokensPrompt(prompt_token_ids=request.prompt) for request in requests]
-        names = self.llm.enqueue(prompts, params, use_tqdm=False)
+        names = self.llm.enqueue(prompts, params, lora_request=self.adapter, use_tqdm=False)
         places = {
             name.partition("-")[0]: place for place, name in enumerate(names)
         }  # vLLM adds a suffix, then drops it
@@ -122,6 +126,26 @@ class Engine:
             truncated=output.finish_reason == "length",
             version=self.version,
         )
+
+    def load_adapter(self, files: dict[str, bytes], version: int) -> None:
+        """Apply an adapter (PEFT's files by name) beside the weights, in place of the one before.
+
+        Raises:
+            RuntimeError: vLLM did not take it; until one is taken, the engine refuses to sample.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self.version = None
+        # vLLM knows an adapter by its number, and has room for one: the new one drives the old one out.
+        number = self.adapter.lora_int_id + 1 if self.adapter else 1
+        with TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            adapter = LoRARequest(f"adapter-{number}", number, folder)
+            if not self.llm.llm_engine.add_lora(adapter):
+                raise RuntimeError(f"vLLM did not load the adapter of version {version}")
+        self.llm.reset_prefix_cache()
+        self.adapter, self.version = adapter, version
 
     def begin_weights(self) -> None:
         """Open a weight update."""

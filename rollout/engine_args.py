@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from rlattn.config import ConfigError, RunConfig
+from rlattn.config.policy import MAX_SERVED_RANK
 from rlattn.rollout.placement import on_gpu
 
 # vLLM keys that rlattn sets; setting them twice would mean that one of the two is ignored.
@@ -23,9 +24,14 @@ OWNED_ENGINE_ARGS = {
     "distributed_executor_backend": "rlattn (the engine lives in its actor)",
     "worker_extension_cls": "rlattn (weight transfer)",
     "disable_log_stats": "rlattn",
+    "enable_lora": "policy.lora.sync",
+    "max_loras": "policy.lora.sync",
+    "max_lora_rank": "policy.lora.r",
 }
 # vLLM's CPU engine cannot draw from per-request seeds under chunked prefill, so there it is rlattn's to set.
 OWNED_ON_CPU = {"enable_chunked_prefill": "rlattn (off on CPUs, where it breaks per-request seeds)"}
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_SERVED_RANK)  # those that vLLM has room for
 
 CPU_KV_CACHE_GIB = 1.0  # where `rollout.kv_cache_gib` is unset: vLLM's own default is a share of all memory
 
@@ -59,6 +65,10 @@ def engine_args(config: RunConfig, model_path: str) -> dict[str, Any]:
         "worker_extension_cls": "rlattn.rollout.worker.WeightsExtension",
         "disable_log_stats": True,
     }
+    if config.policy.sends_adapters:
+        assert config.policy.lora
+        rank = next(rank for rank in LORA_RANKS if rank >= config.policy.lora.r)
+        owned |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     defaults: dict[str, Any] = {}
     kv_cache_gib = rollout.kv_cache_gib
     if on_gpu(config):

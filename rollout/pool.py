@@ -186,6 +186,20 @@ class RolloutPool:
         self._all(f"{phase} (finish)", left(), lambda e: e.finish_weights.remote(version))
         self.version = version
 
+    def load_adapter(self, files: ray.ObjectRef, version: int) -> None:
+        """Have every engine apply an adapter beside its weights, in place of the one before, and carry `version`.
+
+        Args:
+            files: holds a `dict[str, bytes]`: an adapter in PEFT's format, by file name.
+            version: of the policy; completions sampled from now on say it.
+
+        Raises:
+            ActorError: names an engine that failed, died, or was not done within `rollout.weights_timeout_s`.
+        """
+        timeout_s = self.config.rollout.weights_timeout_s
+        self._all(f"loading adapter {version}", timeout_s, lambda e: e.load_adapter.remote(files, version))
+        self.version = version
+
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
         for engine in self._engines.values():

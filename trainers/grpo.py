@@ -34,7 +34,7 @@ class GRPOTrainer(Trainer):
             with timer("update"):
                 update_metrics = self.policy.update(rollouts, scores, shaped, step)
         with timer("weights"):
-            self.rollout.load_weights(self.policy.weights(), version=step + 1)
+            self.publish(step + 1)
 
         parts = reward_metrics, sampled_metrics, credit_metrics, update_metrics
         return self.measured(rollouts, scores, timer, *parts), Batch(rollouts, scores, gamma, advantage)

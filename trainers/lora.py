@@ -25,7 +25,7 @@ def adapted(lm: PreTrainedModel, lora: LoRAConfig, seed: int) -> PeftModel:
         ConfigError: `target_modules` names no layer of the model.
     """
     torch.manual_seed(seed)
-    settings = LoraConfig(task_type="CAUSAL_LM", **lora.model_dump())
+    settings = LoraConfig(task_type="CAUSAL_LM", **lora.model_dump(exclude={"sync"}))
     try:
         return get_peft_model(lm, settings)
     except ValueError as error:

@@ -87,6 +87,10 @@ class Policy(RankGroup):
         """The current weights as object references, each a bucket `{Hugging Face name: CPU tensor}`."""
         return self.all("gather weights", [rank.weights.remote() for rank in self.ranks])[0]
 
+    def adapter(self) -> ray.ObjectRef:
+        """The current adapters in PEFT's format, file name -> bytes, as an object reference."""
+        return self.all("gather adapters", [rank.adapter.remote() for rank in self.ranks])[0]
+
     def _loss_columns(self, rollouts: Rollouts, chosen: list[int], columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """`columns` with what else the loss of an optimizer step on `chosen` reads, [T] each."""
         algorithm = self.config.algorithm

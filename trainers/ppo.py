@@ -44,7 +44,7 @@ class PPOTrainer(Trainer):
             learns = step >= ppo.critic_warmup_steps
             update_metrics = self.policy.update(rollouts, scores, gamma * advantages, step) if learns else {}
         with timer("weights"):
-            self.rollout.load_weights(self.policy.weights(), version=step + 1)
+            self.publish(step + 1)
 
         parts = reward_metrics, sampled_metrics, credit_metrics, critic_metrics, update_metrics
         mean = torch.segment_reduce(raw[rollouts.response_mask], "mean", lengths=rollouts.response_lengths)  # [B]

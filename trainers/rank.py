@@ -109,8 +109,9 @@ class Rank:
             parameter_groups(model),
             lr=learning_rate,
             betas=policy.betas,
+            eps=policy.adam_epsilon,
             weight_decay=policy.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
         scheduler = get_scheduler(
             {"constant": "constant_with_warmup"}.get(policy.lr_schedule, policy.lr_schedule),
@@ -210,4 +211,9 @@ def deepspeed_config(policy: PolicyConfig, dtype: str) -> dict[str, Any]:
         "gradient_clipping": policy.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
     }
-    return {"data_types": {"grad_accum_dtype": "fp32"}, "steps_per_print": 1 << 40} | policy.deepspeed | owned
+    defaults = {
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 1 << 40,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps what is offloaded too
+    }
+    return defaults | policy.deepspeed | owned

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ray
 import torch
@@ -195,6 +196,13 @@ class PolicyWorker(Rank):
         with GatheredParameters(learned, enabled=hasattr(learned[0], "ds_id")):
             if self.rank == 0:
                 self.adapters.save_pretrained(str(Path(folder, "adapter")))
+
+    def adapter(self) -> ray.ObjectRef | None:
+        """The adapters as `save_adapter` writes them, file name -> bytes; a ref on rank 0, None elsewhere."""
+        with TemporaryDirectory() as folder:
+            self.save_adapter(folder)
+            files = {path.name: path.read_bytes() for path in Path(folder).glob("adapter/adapter_*")}
+        return ray.put(files) if self.rank == 0 else None
 
     def weights(self) -> list[ray.ObjectRef]:
         """The whole policy in Hugging Face names, gathered bucket by bucket; refs on rank 0, none elsewhere."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlattn.config.section import Positive, Seconds, Section, Share
 
@@ -14,11 +14,13 @@ OWNED_DEEPSPEED_KEYS = {
     "train_micro_batch_size_per_gpu": "policy.tokens_per_micro_batch",
     "gradient_accumulation_steps": "policy.tokens_per_micro_batch",
     "gradient_clipping": "policy.max_grad_norm",
-    "optimizer": "policy.learning_rate, policy.betas and policy.weight_decay",
+    "optimizer": "policy.learning_rate, policy.betas, policy.adam_epsilon and policy.weight_decay",
     "scheduler": "policy.lr_schedule and policy.lr_warmup_steps",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
 }
+
+MAX_SERVED_RANK = 512  # the largest `max_lora_rank` that vLLM takes
 
 
 class LoRAConfig(Section):
@@ -32,6 +34,15 @@ class LoRAConfig(Section):
     """Share of an adapter's inputs that training drops; old log-probs are scored without."""
     target_modules: str | list[str] = "all-linear"
     """Layers that get one: names such as [q_proj, v_proj], or every linear layer but the head."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What engines are given after a step: whole weights with the adapters added in, or the adapters alone, which vLLM
+    then applies beside the weights that it loaded."""
+
+    @model_validator(mode="after")
+    def _served(self) -> LoRAConfig:
+        if self.sync == "adapter" and self.r > MAX_SERVED_RANK:
+            raise ValueError(f"sync=adapter: vLLM serves r up to {MAX_SERVED_RANK}, not {self.r}; use sync=merged")
+        return self
 
 
 class PolicyConfig(Section):
@@ -51,6 +62,8 @@ class PolicyConfig(Section):
     """Optimizer steps of linear warm-up."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's moment decay rates."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term beside the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -60,13 +73,18 @@ class PolicyConfig(Section):
     logits_chunk_tokens: Positive = 1024
     """Tokens whose logits exist at one time."""
     lora: LoRAConfig | None = None
-    """Learn low-rank adapters in place of the weights; None learns the weights. Engines get merged weights."""
+    """Learn low-rank adapters in place of the weights; None learns the weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
     """DeepSpeed's own config, passed through; keys that other fields own are refused."""
     timeout_s: Seconds = 1800
     """Longest wait for one phase (score, update) of a step."""
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Engines keep the weights that they loaded, and are given adapters alone."""
+        return self.lora is not None and self.lora.sync == "adapter"
 
     @field_validator("deepspeed")
     @classmethod

@@ -188,6 +188,45 @@ class TestPool:
         assert time.monotonic() - started < 30
 
 
+def make_adapter(base: torch.nn.Module, seed: int):
+    """Random adapters on every linear layer of `base`, and what an engine is sent of them."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=4, lora_alpha=6.0, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(base, settings).eval()
+
+
+@pytest.mark.slow
+def test_adapters_are_applied_beside_the_weights(local_ray, tokenizer, tmp_path: Path) -> None:
+    import ray
+
+    from rlattn.rollout.cluster import ActorError
+    from rlattn.rollout.placement import plan
+    from rlattn.rollout.pool import RolloutPool
+
+    config = run_config(policy={"gpus_per_rank": 0, "lora": {"r": 4, "sync": "adapter"}})
+    pool = RolloutPool(config, save_model(tmp_path / "model", tied=True, seed=0), tokenizer, plan=plan(config))
+    try:
+        assert max_error(pool, make_model(tied=True, seed=0)) < 1e-4
+        for version in (3, 4):  # the second replaces the first
+            adapted = make_adapter(make_model(tied=True, seed=0), seed=version)
+            assert max_error(pool, adapted) > 0.1
+            adapted.save_pretrained(tmp_path / str(version))
+            files = {path.name: path.read_bytes() for path in (tmp_path / str(version)).glob("adapter_*")}
+            pool.load_adapter(ray.put(files), version)
+            assert max_error(pool, adapted) < 1e-4
+            assert pool.generate(PROBLEMS, 2, seed=0, step=0).policy_version.tolist() == [version] * 6
+        with pytest.raises(ActorError, match="loading adapter 5: engine 0"):
+            pool.load_adapter(ray.put({"adapter_config.json": b"{}"}), 5)
+        with pytest.raises(ActorError, match="half-loaded"):
+            pool.generate(PROBLEMS, 2, seed=0, step=0)
+        pool.load_adapter(ray.put(files), 4)
+        assert max_error(pool, adapted) < 1e-4
+    finally:
+        pool.shutdown()
+
+
 @pytest.mark.slow
 def test_engine_that_cannot_load_says_why(local_ray, tokenizer, tmp_path: Path) -> None:
     from rlattn.rollout.cluster import ActorError

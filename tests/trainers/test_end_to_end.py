@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlattn.cli import main
 from rlattn.evaluation.results import read_results
@@ -121,6 +123,35 @@ def test_two_steps_of_everything(tmp_path, cache):
     assert [line["step"] for line in repeated] == [0, 1, 2]
     assert repeated[2]["loss"] == pytest.approx(lines[2]["loss"], abs=1e-5)
     assert repeated[2]["grad_norm"] == pytest.approx(lines[2]["grad_norm"], rel=1e-3)
+
+
+def test_adapters_are_served_resumed_and_exported_while_groups_are_filtered(tmp_path, cache):
+    """One rank that learns adapters, and engines that are given these alone; groups that teach nothing are redrawn."""
+    folder = tmp_path / "run"
+    sizes = ["policy.ranks=1", "policy.deepspeed={}", "trainer.steps=2", "policy.learning_rate=2e-3"]
+    lora = ["policy.lora={r: 4, sync: adapter}", "algorithm.filter_groups=true", "algorithm.max_num_gen_batches=3"]
+    args = command(folder, cache, *sizes, *lora)
+    finish(args)
+    lines = read_metrics(folder)
+    for line in lines[1:]:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-3
+        assert 1 <= line["filter_groups/draws"] <= 3
+        assert 0 < line["filter_groups/kept"] <= 1
+        full = line["filter_groups/draws"] < 3  # no draw was missing: every group of the batch differs
+        assert line["frac_reward_zero_std"] == 0 or not full
+    assert any(line["filter_groups/draws"] > 1 for line in lines[1:])  # the first batch was not enough, once at least
+    assert lines[2]["eval/accuracy"] == lines[2]["eval/accuracy"]
+    finish([*args, "--resume-from", "1"])
+    again = read_metrics(folder)
+    assert again[2]["sampling/sampling_logp_difference/max"] < 1e-3
+    assert without_time(folder)[2] == {k: v for k, v in lines[2].items() if not k.startswith(("timing_s/", "perf/"))}
+    assert main(["export", str(folder), str(tmp_path / "adapter"), "--adapter"]) == 0
+    newest = folder / "checkpoints" / "step-2"
+    start = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(start), tmp_path / "adapter")
+    whole = AutoModelForCausalLM.from_pretrained(newest / "model")
+    tokens = torch.arange(3, 20)[None]
+    torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 CALIBRATED = [  # the most that a run keeps: head groups of step 0, used by the training forward of steps 1 and 2

@@ -118,6 +118,50 @@ def test_a_step_equals_plain_torch(model_path, batch, ranks, stage):
     assert (scores.signals.waad[rollouts.response_mask] > 0).any()
 
 
+@pytest.fixture(scope="module")
+def after_two_updates(model_path, batch):
+    """The weights after two updates, by ranks and DeepSpeed's `zero_optimization`.
+
+    AdamW's epsilon is far above the gradients' rounding: with the usual one the first step is lr * sign(g), which turns
+    the rounding of a g near 0 into a whole step.
+    """
+    rollouts, advantages = batch
+
+    def learned(ranks, **zero):
+        settings = config(ranks, num_iterations=2, steps_per_generation=2)
+        changes = {"adam_epsilon": 1e-3, "deepspeed": {"zero_optimization": zero}}
+        settings = settings.model_copy(update={"policy": settings.policy.model_copy(update=changes)})
+        return run(settings, model_path, (rollouts, advantages))[2]
+
+    return learned, learned(1, stage=0)
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero"),
+    [
+        (1, {"stage": 1}),
+        (1, {"stage": 2} | OFFLOAD),
+        (1, {"stage": 3}),
+        (2, {"stage": 0}),
+        (2, {"stage": 1}),
+        (2, {"stage": 2}),
+        (2, {"stage": 3, "offload_param": {"device": "cpu"}} | OFFLOAD),
+        (4, {"stage": 3}),
+    ],
+)
+def test_ranks_stages_and_offload_learn_the_same_to_1e_5(model_path, after_two_updates, ranks, zero):
+    learned, expected = after_two_updates
+    start = dict(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).named_parameters())
+    weights = learned(ranks, **zero)
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert (expected[name] - start[name]).abs().max() > 1e-3, name  # there was something to get wrong
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
 def test_uniform_credit_in_the_training_forward_is_plain_grpo(model_path, batch):
     rollouts, _ = batch
     advantage, _ = group_relative(rollouts.rewards, rollouts.group_ids, "group")
