@@ -46,6 +46,7 @@ CASES = {  # prompt tokens, longest and shortest completion, sequences
 }
 ASKED_FOR = ("32k", "tiny")  # not in the default run
 TOKENS_PER_MICRO_BATCH = 16384
+EXACT_TOKENS = 8192
 RUNS = 3
 SIDES = ("ours", "theirs", "theirs-bf16")
 
@@ -251,8 +252,8 @@ def _padded_case(trainer, network, case, shape, device, *, exact):
             return trainer._get_per_token_logps_and_entropies(network, ids, mask, width, rows)[0]
 
     checks = {"logps": score()[inputs["completion_mask"].bool()].tolist()}
-    if exact:  # the first sequence by a plain fp32 forward
-        tokens, start = rollouts.token_ids[begins[0] : ends[0]].to(device), starts[0]
+    if exact:  # the first sequence by a plain fp32 forward, whose attention torch writes out as maps
+        tokens, start = rollouts.token_ids[begins[0] : ends[0]][:EXACT_TOKENS].to(device), starts[0]
         with torch.no_grad(), torch.autocast(device, enabled=False):
             base = trainer.accelerator.unwrap_model(network).eval()
             hidden = base.get_decoder()(input_ids=tokens[None]).last_hidden_state[0, start - 1 : -1]
