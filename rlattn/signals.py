@@ -97,15 +97,15 @@ class SignalRows:
         chosen = [statistics[layer] for layer in layers]
         lengths = cu_seqlens.diff().tolist()
 
-        kinds: list[list[Tensor | None]] = [[s.sink_mass for s in chosen]]
-        kinds += [[s.span for s in chosen], [s.entropy for s in chosen]] if spans else []
-
-        def per_sequence(rows: Tensor | None) -> Tensor:  # [H, t] -> [H, b]; a sum never depends on its neighbours
-            if rows is None:
-                raise ValueError("spans are wanted from a capture that did not measure them")
-            return torch.stack([part.sum(-1, dtype=torch.float64) for part in rows.split(lengths, -1)], -1)
-
-        values = torch.stack([torch.stack([per_sequence(rows) for rows in kind]) for kind in kinds])
+        measured = [s.sink_mass for s in chosen]
+        if spans:
+            for s in chosen:
+                if s.span is None or s.entropy is None:
+                    raise ValueError("spans are wanted from a capture that did not measure them")
+            measured += [s.span for s in chosen] + [s.entropy for s in chosen]
+        each = torch.stack(measured).unflatten(0, (-1, len(chosen)))  # [1 or 3, L, H, t]
+        # One sum a sequence, which never depends on its neighbours.
+        values = torch.stack([part.sum(-1, dtype=torch.float64) for part in each.split(lengths, -1)], -1)
         fai = torch.stack([s.fai for s in chosen])  # [L, H, t]
         rows = (cu_seqlens[1:] - response_starts).to(values)
         if spans and receivers is not None:

@@ -20,6 +20,7 @@ from rlattn.losses.value import value_loss
 from rlattn.rollout.placement import Plan
 from rlattn.trainers import packing
 from rlattn.trainers.group import RankGroup, update_metrics
+from rlattn.trainers.norms import fuse_norms
 from rlattn.trainers.packing import MicroBatch
 from rlattn.trainers.rank import Rank
 from rlattn.trainers.worker import spread
@@ -145,4 +146,5 @@ def load_critic(config: ModelConfig, path: str) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in model.score.parameters():
                 parameter.zero_()
+    fuse_norms(model)
     return model

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from rlattn.config import ConfigError, ModelConfig, SignalsConfig
 from rlattn.kernels import Capture, capture_layers, register
 from rlattn.trainers.head import response_logps
+from rlattn.trainers.norms import fuse_norms
 from rlattn.trainers.packing import MicroBatch
 
 
@@ -61,13 +62,15 @@ def load_model(config: ModelConfig, path: str) -> PreTrainedModel:
     try:
         shape = AutoConfig.from_pretrained(path)
         check_model(shape)
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), attn_implementation=register()
         )
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"`model.path` = {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    fuse_norms(model)
+    return model
 
 
 def captured_layers(signals: SignalsConfig, shape: PretrainedConfig) -> list[int]:
