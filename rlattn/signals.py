@@ -97,13 +97,13 @@ class SignalRows:
         chosen = [statistics[layer] for layer in layers]
         lengths = cu_seqlens.diff().tolist()
 
-        measured = [s.sink_mass for s in chosen]
+        kinds = [[s.sink_mass for s in chosen]]
         if spans:
-            for s in chosen:
-                if s.span is None or s.entropy is None:
-                    raise ValueError("spans are wanted from a capture that did not measure them")
-            measured += [s.span for s in chosen] + [s.entropy for s in chosen]
-        each = torch.stack(measured).unflatten(0, (-1, len(chosen)))  # [1 or 3, L, H, t]
+            kinds.append([s.span for s in chosen if s.span is not None])
+            kinds.append([s.entropy for s in chosen if s.entropy is not None])
+        if {len(kind) for kind in kinds} != {len(chosen)}:
+            raise ValueError("spans are wanted from a capture that did not measure them")
+        each = torch.stack([torch.stack(kind) for kind in kinds])  # [1 or 3, L, H, t]
         # One sum a sequence, which never depends on its neighbours.
         values = torch.stack([part.sum(-1, dtype=torch.float64) for part in each.split(lengths, -1)], -1)
         fai = torch.stack([s.fai for s in chosen])  # [L, H, t]

@@ -24,7 +24,7 @@ def fuse_norms(model: nn.Module) -> int:
         epsilon = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
         weight = getattr(module, "weight", None)
         if isinstance(epsilon, float) and isinstance(weight, Tensor) and weight.dim() == 1 and _same(module, epsilon):
-            module.forward = _Fused(module, epsilon)  # type: ignore[method-assign]
+            module.forward = _Fused(module, epsilon)
             fused += 1
     return fused
 
