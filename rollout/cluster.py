@@ -5,23 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from rich.text import Text
 
 from rlattn.config import ConfigError, RunConfig
 from rlattn.rollout.placement import Plan, on_gpu
 
+FETCH_S = 60.0  # longest wait for a result that is there already: only the copy
 CAUSE_LINES = 12  # of a failed actor's own error that are shown
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # without GPUs: weights of small models and rollouts; larger objects spill to disk
 
 
 class ActorError(RuntimeError):
     """An actor died, failed or did not answer in time; the message names it, the phase and the cause."""
+
+
+class ActorLost(ActorError):
+    """It died or did not answer in time, so that another in its place may do better; otherwise its own code failed."""
 
 
 def start_ray(config: RunConfig, plan: Plan) -> str:
@@ -108,42 +113,27 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             silent = ", ".join(names[ref] for ref in pending)
-            raise ActorError(f"{phase}: no answer from {silent} within {timeout_s:g} s")
-        _result(ready[0], names[ready[0]], phase)
-    return [_result(ref, name, phase) for name, ref in calls.items()]
+            raise ActorLost(f"{phase}: no answer from {silent} within {timeout_s:g} s")
+        outcome(ready[0], names[ready[0]], phase, FETCH_S)
+    return [outcome(ref, name, phase, FETCH_S) for name, ref in calls.items()]
 
 
-def stream(calls: Mapping[str, ray.ObjectRefGenerator], *, phase: str, timeout_s: float) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that one streaming call per named actor yields, as it comes.
+def outcome(ref: ray.ObjectRef, name: str, phase: str, left_s: float, timeout_s: float | None = None) -> Any:
+    """The result of one call, waiting `left_s` of the `timeout_s` that it had from the start.
 
     Raises:
-        ActorError: names the actor that died or failed, or those unfinished when none yields for `timeout_s`.
+        ActorLost: the actor died, or is silent.
+        ActorError: the call failed.
     """
-    pending = {generator: name for name, generator in calls.items()}
-    while pending:
-        ready: list[Any] = ray.wait(list(pending), num_returns=1, timeout=timeout_s)[0]
-        if not ready:
-            raise ActorError(f"{phase}: nothing from {', '.join(pending.values())} for {timeout_s:g} s")
-        name = pending.pop(ready[0])
-        try:
-            ref = next(ready[0])
-        except StopIteration:
-            continue
-        pending[ready[0]] = name  # at the end: none is served before the others
-        yield name, _result(ref, name, phase)
-
-
-def _result(ref: ray.ObjectRef, name: str, phase: str) -> Any:
     try:
-        return ray.get(ref, timeout=60)  # finished already: this is only the copy
+        return ray.get(ref, timeout=max(0.0, left_s))
     except GetTimeoutError:
-        raise ActorError(f"{phase}: the result of {name} could not be fetched within 60 s") from None
+        limit = left_s if timeout_s is None else timeout_s
+        raise ActorLost(f"{phase}: no answer from {name} within {limit:g} s") from None
     except RayTaskError as error:
         raise ActorError(f"{phase}: {name} failed:\n{_last_lines(error)}") from None
-    except RayActorError as error:
-        raise ActorError(f"{phase}: {name} died:\n{_last_lines(error)}") from None
     except RayError as error:
-        raise ActorError(f"{phase}: {name}: {_last_lines(error)}") from None
+        raise ActorLost(f"{phase}: {name} died:\n{_last_lines(error)}") from None
 
 
 def _last_lines(error: Exception) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors.torch import save
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 5.0  # longest time that an engine samples without a word
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,14 @@ class Completion:
     version: int
 
 
+class EngineInfo(NamedTuple):
+    """A loaded engine's process id, the seconds that loading took, and how many requests it samples side by side."""
+
+    pid: int
+    load_seconds: float
+    max_num_seqs: int
+
+
 class Engine:
     """A `vllm.LLM` and the version of the weights it holds.
 
@@ -63,30 +70,46 @@ class Engine:
         self.load_seconds = time.perf_counter() - started
         self.version: int | None = version
         self.adapter: LoRARequest | None = None
+        self._batch = 0
+        self._numbers: dict[str, int] = {}  # of unfinished requests, by vLLM's name for them
 
-    def info(self) -> dict[str, Any]:
-        """Process id and seconds that loading took."""
-        return {"pid": os.getpid(), "load_seconds": self.load_seconds}
+    def info(self) -> EngineInfo:
+        """What a fleet needs to know of a loaded engine."""
+        most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        return EngineInfo(os.getpid(), self.load_seconds, most)
 
-    def generate(self, requests: list[Request], *, top_p: float, max_tokens: int) -> list[Completion]:
-        """Sample one completion a request, in order; see `stream`."""
-        done: dict[int, Completion] = {}
-        for part in self.stream(requests, top_p=top_p, max_tokens=max_tokens):
-            done |= part
-        return [done[place] for place in range(len(requests))]
+    def advance(
+        self, batch: int, new: list[tuple[int, Request]], *, eager: bool, top_p: float, max_tokens: int
+    ) -> dict[int, Completion]:
+        """Take `new` requests of a batch, sample for a while, and return what is finished, by request number.
 
-    def stream(self, requests: list[Request], *, top_p: float, max_tokens: int) -> Iterator[dict[int, Completion]]:
-        """Sample one completion a request; yields those that just finished, by their place in `requests`.
+        It ends when nothing is left, after `HEARTBEAT_S` seconds, or, when `eager`, once a request is finished. What
+        is left of another batch is dropped first. What is sampled depends only on the requests and the weights: the
+        prefix cache, whose hits change the last bits of log-probs, is emptied with every batch.
 
-        While none finishes, an empty dict every `HEARTBEAT_S` seconds says that the engine is alive. What is sampled
-        depends only on the arguments and the weights: the prefix cache, whose hits change the last bits of log-probs,
-        is emptied first, and shared only within the call.
+        Raises:
+            RuntimeError: the weights are half-loaded.
         """
-        from vllm import RequestOutput, SamplingParams, TokensPrompt
+        from vllm import RequestOutput
 
         if self.version is None:
             raise RuntimeError("the engine's weights are half-loaded: a weight update did not finish")
-        self.llm.reset_prefix_cache()
+        if batch != self._batch:
+            self._drop()
+            self._batch = batch
+        self._enqueue(new, top_p=top_p, max_tokens=max_tokens)
+        finished: dict[int, Completion] = {}
+        end = time.monotonic() + HEARTBEAT_S
+        while self.llm.llm_engine.has_unfinished_requests() and not (eager and finished) and time.monotonic() < end:
+            for output in self.llm.llm_engine.step():
+                assert isinstance(output, RequestOutput)
+                if output.finished:
+                    finished[self._numbers.pop(output.request_id)] = self._completion(output.outputs[0])
+        return finished
+
+    def _enqueue(self, new: list[tuple[int, Request]], *, top_p: float, max_tokens: int) -> None:
+        from vllm import SamplingParams, TokensPrompt
+
         params = [
             SamplingParams(
                 temperature=request.temperature,
@@ -97,23 +120,18 @@ class Engine:
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for request in requests
+            for _, request in new
         ]
-        prompts = [TokensPrompt(prompt_token_ids=request.prompt) for request in requests]
-        names = self.llm.enqueue(prompts, params, lora_request=self.adapter, use_tqdm=False)
-        places = {
-            name.partition("-")[0]: place for place, name in enumerate(names)
-        }  # vLLM adds a suffix, then drops it
-        finished: dict[int, Completion] = {}
-        last = time.monotonic()
-        while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
-                assert isinstance(output, RequestOutput)
-                if output.finished:
-                    finished[places[output.request_id]] = self._completion(output.outputs[0])
-            if finished or time.monotonic() - last > HEARTBEAT_S:
-                yield finished
-                finished, last = {}, time.monotonic()
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt) for _, request in new]
+        names = self.llm.enqueue(prompts, params, lora_request=self.adapter, use_tqdm=False) if new else []
+        for name, (number, _) in zip(names, new, strict=True):
+            self._numbers[name.partition("-")[0]] = number  # vLLM adds a suffix, then drops it
+
+    def _drop(self) -> None:
+        """Forget every request, and the keys and values of their prompts."""
+        self.llm.llm_engine.abort_request(list(self._numbers))
+        self._numbers = {}
+        self.llm.reset_prefix_cache()
 
     def _completion(self, output: CompletionOutput) -> Completion:
         from vllm.logprobs import FlatLogprobs

@@ -5,10 +5,9 @@ Shape legend: [T] tokens of the packed batch, [B] sequences (problems times gene
 
 from __future__ import annotations
 
-import itertools
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlattn.config import ConfigError, RunConfig
 from rlattn.problem import Problem
-from rlattn.rollout.cluster import ActorError, collect, stream
 from rlattn.rollout.engine import Completion, Engine, Request
 from rlattn.rollout.engine_args import engine_args, engine_env
-from rlattn.rollout.placement import Plan
+from rlattn.rollout.fleet import Fleet, Member
+from rlattn.rollout.placement import Plan, Seat
 from rlattn.types import Rollouts
 
 
@@ -49,8 +48,9 @@ class RolloutPool:
         plan: Plan,
         group: PlacementGroup | None = None,
         version: int = 0,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Start the engines in their seats and wait until all are loaded; Ray must be running.
+        """Start the engines in their seats and wait until all are loaded; Ray must be running. `note` tells of losses.
 
         Raises:
             ConfigError: `rollout.engine_args` holds a key that rlattn sets.
@@ -58,15 +58,17 @@ class RolloutPool:
         """
         self.config, self.tokenizer, self.version = config, tokenizer, version
         args, env = engine_args(config, model_path), engine_env(config)
-        self._engines: dict[str, Any] = {}
-        for seat in plan.engines:
+
+        def make(seat: Seat) -> Any:
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle) if group else None
             actor = ray.remote(Engine).options(
                 num_cpus=seat.cpus, num_gpus=seat.gpus, runtime_env={"env_vars": env}, scheduling_strategy=where
             )
-            self._engines[seat.name] = actor.remote(args, version)
+            return actor.remote(args, version)
+
+        self.fleet = Fleet(config.rollout, plan.engines, make, note)
         try:
-            self.info = self._all("starting engines", config.rollout.start_timeout_s, lambda e: e.info.remote())
+            self.fleet.start()
         except BaseException:
             self.shutdown()
             raise
@@ -120,12 +122,12 @@ class RolloutPool:
         requests = [
             Request(prompt, request_seed(seed, step, index), temperature) for index, prompt in enumerate(prompts, first)
         ]
-        calls = {}
-        for (name, engine), part in zip(self._engines.items(), _split(requests, len(self._engines)), strict=True):
-            if part:
-                calls[name] = engine.generate.remote(part, **sampling)
-        parts = collect(calls, phase="generating", timeout_s=rollout.generate_timeout_s)
-        return self._pack(problems, prompts, [completion for part in parts for completion in part])
+        done: dict[int, Completion] = {}
+        numbered = list(enumerate(requests))
+        units = [numbered[i : i + num_generations] for i in range(0, len(numbered), num_generations)]
+        for part in self.fleet.run(units, **sampling):
+            done |= part
+        return self._pack(problems, prompts, [done[place] for place in range(len(requests))])
 
     def stream(self, asks: Sequence[Ask], *, seed: int) -> Iterator[tuple[int, list[tuple[str, Completion]]]]:
         """Sample what is asked; yields the index of each ask with its texts and completions when all are finished.
@@ -138,78 +140,82 @@ class RolloutPool:
             ActorError: an engine failed or died, or all were silent for `rollout.generate_timeout_s`.
         """
         rollout = self.config.rollout
-        names = list(self._engines)
-        shares: dict[str, list[tuple[int, Request]]] = {name: [] for name in names}
+        units: list[list[tuple[int, Request]]] = []
+        index_of: list[int] = []  # which ask a request is of
         prompts = self.check_prompts([ask.problem for ask in asks])
         for index, (ask, prompt) in enumerate(zip(asks, prompts, strict=True)):
             key = zlib.crc32(ask.problem.id.encode())
             requests = [Request(prompt, request_seed(seed, key, j), ask.temperature) for j in range(ask.samples)]
-            # A problem stays on one engine, whose prefix cache then holds its prompt.
-            shares[names[index % len(names)]] += [(index, request) for request in requests]
-        calls = {
-            name: self._engines[name].stream.remote(
-                [request for _, request in share], top_p=rollout.top_p, max_tokens=rollout.max_completion_length
-            )
-            for name, share in shares.items()
-            if share
-        }
+            units.append(list(enumerate(requests, len(index_of))))
+            index_of += [index] * ask.samples
         waiting: dict[int, dict[int, Completion]] = {index: {} for index in range(len(asks))}
-        for name, part in stream(calls, phase="generating", timeout_s=rollout.generate_timeout_s):
+        for part in self.fleet.run(units, top_p=rollout.top_p, max_tokens=rollout.max_completion_length):
             for place, completion in part.items():
-                index = shares[name][place][0]
+                index = index_of[place]
                 waiting[index][place] = completion
                 if len(waiting[index]) == asks[index].samples:
                     done = [completion for _, completion in sorted(waiting.pop(index).items())]
                     yield index, list(zip(self._texts(done), done, strict=True))
 
-    def load_weights(self, buckets: Iterable[ray.ObjectRef], version: int) -> None:
+    def load_weights(self, weights: Callable[[], Iterable[ray.ObjectRef]], version: int) -> None:
         """Move new weights into every engine, then empty prefix caches and carry `version`.
 
         Args:
-            buckets: each ref holds a `dict[str, Tensor]`: full, unsharded CPU tensors under Hugging Face names.
-                Taken one at a time, so a generator may gather the next while none but the last is held.
+            weights: gives refs, each of a `dict[str, Tensor]`: full, unsharded CPU tensors under Hugging Face names.
+                Taken one at a time, so a generator may gather the next while none but the last is held. Called again
+                for an engine that is rebuilt before the next weights come, so it must then still give these.
             version: of the weights; completions sampled from now on say it.
 
         Raises:
-            ActorError: names an engine that failed, died, or was not done within `rollout.weights_timeout_s`. Engines
-                left half-loaded refuse to generate.
+            ActorError: names an engine that failed, which leaves it half-loaded, so that it refuses to generate; or one
+                that has been lost too often.
         """
-        deadline = time.monotonic() + self.config.rollout.weights_timeout_s
         phase = f"loading weights {version}"
+        deadline = time.monotonic() + self.config.rollout.weights_timeout_s
 
         def left() -> float:
             return max(0.0, deadline - time.monotonic())
 
-        self._all(f"{phase} (begin)", left(), lambda e: e.begin_weights.remote())
-        for index, bucket in enumerate(buckets):
-            self._all(f"{phase} (bucket {index})", left(), lambda e, ref=bucket: e.load_bucket.remote(ref))
-        self._all(f"{phase} (finish)", left(), lambda e: e.finish_weights.remote(version))
+        self.fleet.everyone(f"{phase} (begin)", left(), lambda e: e.begin_weights.remote())
+        for index, bucket in enumerate(weights()):
+            self.fleet.everyone(f"{phase} (bucket {index})", left(), lambda e, ref=bucket: e.load_bucket.remote(ref))
+        self.fleet.everyone(f"{phase} (finish)", left(), lambda e: e.finish_weights.remote(version))
         self.version = version
 
-    def load_adapter(self, files: ray.ObjectRef, version: int) -> None:
+        def supply(member: Member) -> None:
+            timeout_s = self.config.rollout.weights_timeout_s
+            self.fleet.one(member, phase, timeout_s, lambda e: e.begin_weights.remote())
+            for bucket in weights():
+                self.fleet.one(member, phase, timeout_s, lambda e, ref=bucket: e.load_bucket.remote(ref))
+            self.fleet.one(member, phase, timeout_s, lambda e: e.finish_weights.remote(version))
+
+        self.fleet.supply = supply
+
+    def load_adapter(self, adapter: Callable[[], ray.ObjectRef], version: int) -> None:
         """Have every engine apply an adapter beside its weights, in place of the one before, and carry `version`.
 
         Args:
-            files: holds a `dict[str, bytes]`: an adapter in PEFT's format, by file name.
+            adapter: gives a ref of a `dict[str, bytes]`: an adapter in PEFT's format, by file name. Called again for an
+                engine that is rebuilt before the next one comes.
             version: of the policy; completions sampled from now on say it.
 
         Raises:
-            ActorError: names an engine that failed, died, or was not done within `rollout.weights_timeout_s`.
+            ActorError: as `load_weights`.
         """
-        timeout_s = self.config.rollout.weights_timeout_s
-        self._all(f"loading adapter {version}", timeout_s, lambda e: e.load_adapter.remote(files, version))
+        phase, timeout_s = f"loading adapter {version}", self.config.rollout.weights_timeout_s
+        files = adapter()
+        self.fleet.everyone(phase, timeout_s, lambda e: e.load_adapter.remote(files, version))
         self.version = version
+
+        def supply(member: Member) -> None:
+            files = adapter()
+            self.fleet.one(member, phase, timeout_s, lambda e: e.load_adapter.remote(files, version))
+
+        self.fleet.supply = supply
 
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
-        for engine in self._engines.values():
-            ray.kill(engine)
-        self._engines = {}
-
-    def _all(self, phase: str, timeout_s: float, call: Any) -> list[Any]:
-        if not self._engines:
-            raise ActorError(f"{phase}: the pool is shut down")
-        return collect({name: call(e) for name, e in self._engines.items()}, phase=phase, timeout_s=timeout_s)
+        self.fleet.shutdown()
 
     def _texts(self, completions: list[Completion]) -> list[str]:
         return self.tokenizer.batch_decode([c.token_ids.tolist() for c in completions], skip_special_tokens=True)
@@ -262,9 +268,3 @@ def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> str:
 def request_seed(seed: int, step: int, index: int) -> int:
     """Seed of one request's stream, in 0..2^63-1: a hash, so that neighbours share nothing."""
     return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _split(requests: list[Request], parts: int) -> list[list[Request]]:
-    """Contiguous parts whose sizes differ by at most one."""
-    bounds = [len(requests) * i // parts for i in range(parts + 1)]
-    return [requests[a:b] for a, b in itertools.pairwise(bounds)]

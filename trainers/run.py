@@ -180,10 +180,12 @@ def start(
             loaded = side.submit(load)
             version = Checkpoints.step_of(checkpoint) if checkpoint else 0
             served = reference_path if config.policy.sends_adapters else model_path
-            rollout = RolloutPool(config, served, tokenizer, plan=layout, group=group, version=version)
+            rollout = RolloutPool(
+                config, served, tokenizer, plan=layout, group=group, version=version, note=console.note
+            )
             loaded.result()
             if checkpoint and config.policy.sends_adapters:
-                rollout.load_adapter(policy.adapter(), version)
+                rollout.load_adapter(policy.adapter, version)
         with VerifierPool() as verifiers:
             functions = RewardPool(config.rewards) if config.rewards.functions else None
             parts = config, task, rollout, policy, verifiers, benchmarks, functions

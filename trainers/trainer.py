@@ -79,9 +79,9 @@ class Trainer(ABC):
     def publish(self, version: int) -> None:
         """Give the engines what the policy is now."""
         if self.config.policy.sends_adapters:
-            self.rollout.load_adapter(self.policy.adapter(), version)
+            self.rollout.load_adapter(self.policy.adapter, version)
         else:
-            self.rollout.load_weights(self.policy.weights(), version)
+            self.rollout.load_weights(self.policy.weights, version)
 
     def sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:
         """The step's completions with their rewards; with `algorithm.filter_groups`, of groups whose rewards differ."""

@@ -36,6 +36,10 @@ class RolloutConfig(Section):
     """Passed to `vllm.LLM` as they are; keys that rlattn sets are refused."""
     start_timeout_s: Seconds = 600
     """Longest wait for an engine to load."""
+    silence_timeout_s: Seconds = 180
+    """Longest that a sampling engine may say nothing (it does every 5 s): it is then taken for hung, and rebuilt."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a row, with no batch finished in between, an engine that died or hung is rebuilt; 0 never."""
     generate_timeout_s: Seconds = 1800
     """Longest wait for one step's completions."""
     weights_timeout_s: Seconds = 300

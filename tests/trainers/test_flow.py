@@ -144,8 +144,8 @@ class Recorded:
         ]
         return rollouts.replace(problems=[p for p in problems for _ in range(num_generations)], texts=texts)
 
-    def load_weights(self, references, version):
-        self.weights = fetch_weights(references)
+    def load_weights(self, weights, version):
+        self.weights = fetch_weights(weights())
 
 
 class ThirdWord(Task):

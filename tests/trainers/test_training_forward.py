@@ -131,8 +131,8 @@ class Recorded:
         repeated = [problem for problem in problems for _ in range(num_generations)]
         return rollouts.replace(problems=repeated, texts=[str(int(length)) for length in lengths])
 
-    def load_weights(self, references, version):
-        self.weights = fetch_weights(references)
+    def load_weights(self, weights, version):
+        self.weights = fetch_weights(weights())
 
 
 class ShortIsGood(Task):

@@ -1,0 +1,229 @@
+"""Engines that outlive their actors: requests go to the engine with least to do, a lost engine is rebuilt, and what it
+had not finished is dealt out again.
+
+Every request has a number and is answered once: what a lost engine had finished but not told is sampled again, from the
+same seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from rlattn.config import RolloutConfig
+from rlattn.rollout.cluster import ActorError, ActorLost, collect, outcome
+from rlattn.rollout.engine import Completion, EngineInfo, Request
+from rlattn.rollout.placement import Seat
+
+Unit = Sequence[tuple[int, Request]]
+"""Numbered requests that stay together: a problem's, so that its prompt is in one engine's prefix cache."""
+LONGEST_BACKOFF_S = 30.0
+
+
+@dataclass
+class Member:
+    """One engine's place in the fleet, whoever fills it.
+
+    Attributes:
+        actor: None once it was lost, until it is started again.
+        info: of the actor, once it is loaded.
+        units: given to it and not all finished.
+        unsent: those of them that it has not been told of yet.
+        call: what it is doing now.
+        due: when that must be answered, by `time.monotonic`.
+        losses: in a row, without a batch finished in between.
+        again: earliest time to start it again.
+    """
+
+    seat: Seat
+    actor: Any = None
+    info: EngineInfo | None = None
+    units: list[dict[int, Request]] = field(default_factory=list)
+    unsent: list[tuple[int, Request]] = field(default_factory=list)
+    call: ray.ObjectRef | None = None
+    due: float = 0.0
+    losses: int = 0
+    again: float = 0.0
+
+    @property
+    def load(self) -> int:
+        """Requests given to it and not finished."""
+        return sum(map(len, self.units))
+
+
+class Fleet:
+    """The engines of a pool.
+
+    Attributes:
+        members: one a seat.
+        supply: gives a rebuilt member the weights that the others have; None where those on disk are still right.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, seats: Sequence[Seat], make: Callable[[Seat], Any], note: Callable[[str], None]
+    ) -> None:
+        """`make` starts a seat's actor, `note` tells the user of losses."""
+        self.config, self._make, self._note = config, make, note
+        self.members = [Member(seat) for seat in seats]
+        self.supply: Callable[[Member], None] | None = None
+        self._batch = 0
+
+    def start(self) -> None:
+        """Start every engine and wait until all are loaded.
+
+        Raises:
+            ActorError: one failed, died, or was not loaded in time; none is tried again.
+        """
+        for member in self.members:
+            member.actor = self._make(member.seat)
+        calls = {member.seat.name: member.actor.info.remote() for member in self.members}
+        infos = collect(calls, phase="starting engines", timeout_s=self.config.start_timeout_s)
+        for member, info in zip(self.members, infos, strict=True):
+            member.info = info
+
+    def everyone(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> None:
+        """Make the same call to every loaded engine and wait for all; one that is lost on the way is rebuilt later.
+
+        Raises:
+            ActorError: one failed, or has been lost too often.
+        """
+        if not self.members:
+            raise ActorError(f"{phase}: the pool is shut down")
+        deadline = time.monotonic() + timeout_s
+        calls = [(member, call(member.actor)) for member in self.members if member.info]
+        for member, ref in calls:
+            try:
+                outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s)
+            except ActorLost as error:
+                self._lose(member, error)
+
+    def one(self, member: Member, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> Any:
+        """The answer of one engine to a call; ActorLost or ActorError where it does not come."""
+        return outcome(call(member.actor), member.seat.name, phase, timeout_s, timeout_s)
+
+    def run(self, units: Iterable[Unit], **sampling: Any) -> Iterator[dict[int, Completion]]:
+        """Sample every request; yields completions by their number, as they come.
+
+        Engines drop what they still have of an earlier batch.
+
+        Raises:
+            ActorError: an engine failed, was lost more than `rollout.max_restarts` times in a row, or the batch is not
+                done within `rollout.generate_timeout_s`.
+        """
+        if not self.members:
+            raise ActorError("generating: the pool is shut down")
+        waiting = deque(dict(unit) for unit in units)
+        left = total = sum(map(len, waiting))
+        self._batch += 1
+        for member in self.members:
+            member.units, member.unsent, member.call = [], [], member.call if member.info is None else None
+        deadline = time.monotonic() + self.config.generate_timeout_s
+        while left:
+            self._deal(waiting)
+            for member in self.members:
+                self._call(member, sampling, eager=bool(waiting))
+            member, answer = self._next(deadline, f"generating: {left} of {total} completions are missing")
+            if member is None:
+                continue
+            try:
+                done = self._answered(member, answer)
+            except ActorLost as error:
+                waiting.extendleft(reversed(self._lose(member, error)))
+                continue
+            left -= len(done)
+            if done:
+                yield done
+        for member in self.members:
+            member.losses = 0
+
+    def shutdown(self) -> None:
+        """End every actor; safe to call twice."""
+        for member in self.members:
+            if member.actor is not None:
+                ray.kill(member.actor)
+        self.members = []
+
+    def _deal(self, waiting: deque[dict[int, Request]]) -> None:
+        """Give units to the loaded engine with least to do, as long as one has room; a lone engine has room for all."""
+        alone = len(self.members) == 1
+        while waiting:
+            room = [m for m in self.members if m.info and (alone or m.load < m.info.max_num_seqs)]
+            if not room:
+                return
+            member = min(room, key=lambda m: m.load)
+            unit = waiting.popleft()
+            member.units.append(unit)
+            member.unsent += unit.items()
+
+    def _call(self, member: Member, sampling: dict[str, Any], *, eager: bool) -> None:
+        """Have a member that does nothing do what it should: start, or go on sampling."""
+        now = time.monotonic()
+        if member.call is not None:
+            return
+        if member.actor is None and now >= member.again:
+            member.actor = self._make(member.seat)
+            member.call, member.due = member.actor.info.remote(), now + self.config.start_timeout_s
+        elif member.info and member.load:
+            new, member.unsent = member.unsent, []
+            member.call = member.actor.advance.remote(self._batch, new, eager=eager, **sampling)
+            member.due = now + self.config.silence_timeout_s
+
+    def _next(self, deadline: float, missing: str) -> tuple[Member | None, Any]:
+        """Wait until a member answers (it and the call), is overdue (it and an ActorLost), or may be started again."""
+        calls = {member.call: member for member in self.members if member.call is not None}
+        times = [member.due for member in calls.values()]
+        times += [member.again for member in self.members if member.actor is None]
+        wait = min([deadline, *times]) - time.monotonic()
+        if calls:
+            ready: list[Any] = ray.wait(list(calls), num_returns=1, timeout=max(0.0, wait))[0]
+            if ready:
+                return calls[ready[0]], ready[0]
+        else:
+            time.sleep(max(0.0, wait))
+        now = time.monotonic()
+        for member in calls.values():
+            if now >= member.due:
+                limit = self.config.silence_timeout_s if member.info else self.config.start_timeout_s
+                phase = "generating" if member.info else "starting engines"
+                return member, ActorLost(f"{phase}: no answer from {member.seat.name} within {limit:g} s")
+        if now >= deadline:
+            raise ActorError(f"{missing} after {self.config.generate_timeout_s:g} s")
+        return None, None
+
+    def _answered(self, member: Member, answer: Any) -> dict[int, Completion]:
+        """What a member just finished: completions, or being loaded, which gives none."""
+        if isinstance(answer, ActorLost):
+            raise answer
+        member.call = None
+        if member.info is None:
+            info = outcome(answer, member.seat.name, "starting engines", 60.0)
+            if self.supply:
+                self.supply(member)
+            member.info = info
+            self._note(f"{member.seat.name} is back")
+            return {}
+        done: dict[int, Completion] = outcome(answer, member.seat.name, "generating", 60.0)
+        for unit in member.units:
+            for number in unit.keys() & done.keys():
+                del unit[number]
+        member.units = [unit for unit in member.units if unit]
+        return done
+
+    def _lose(self, member: Member, error: ActorLost) -> list[dict[int, Request]]:
+        """Give a member up, to be started again after a while; returns what it had not finished."""
+        ray.kill(member.actor)
+        unfinished = member.units
+        member.actor, member.info, member.call, member.units, member.unsent = None, None, None, [], []
+        member.losses += 1
+        if member.losses > self.config.max_restarts:
+            raise ActorError(f"{error}\n  lost {member.losses} times in a row (rollout.max_restarts)") from None
+        delay = 0.0 if member.losses == 1 else min(2.0**member.losses, LONGEST_BACKOFF_S)
+        member.again = time.monotonic() + delay
+        first = str(error).splitlines()[0].rstrip(":")
+        self._note(f"{first}; it is rebuilt, its {sum(map(len, unfinished))} unfinished requests are dealt out again")
+        return unfinished
