@@ -256,7 +256,8 @@ def test_adapters_are_applied_beside_the_weights(local_ray, tokenizer, tmp_path:
             assert max_error(pool, adapted) > 0.1
             adapted.save_pretrained(tmp_path / str(version))
             files = {path.name: path.read_bytes() for path in (tmp_path / str(version)).glob("adapter_*")}
-            pool.load_adapter(lambda ref=ray.put(files): ref, version)
+            reference = ray.put(files)
+            pool.load_adapter(lambda ref=reference: ref, version)
             assert max_error(pool, adapted) < 1e-4
             assert pool.generate(PROBLEMS, 2, seed=0, step=0).policy_version.tolist() == [version] * 6
         with pytest.raises(ActorError, match="loading adapter 5: engine 0"):
