@@ -1,5 +1,8 @@
-"""vLLM engines in Ray actors: generation and weight transfer.
+"""vLLM engines in Ray actors: generation, weight transfer, and attention statistics out of any vLLM `LLM`.
 
-Imports nothing by itself: `rlattn.rollout.pool` brings ray, an engine's actor brings vllm, and
-`rlattn.rollout.placement` and `rlattn.rollout.engine_args` bring neither.
+Brings neither ray nor vllm: `rlattn.rollout.pool` brings the one, an engine's actor the other.
 """
+
+from .attention import attention_statistics
+
+__all__ = ["attention_statistics"]

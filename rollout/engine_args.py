@@ -62,7 +62,7 @@ def engine_args(config: RunConfig, model_path: str) -> dict[str, Any]:
         "enforce_eager": rollout.enforce_eager,
         "logprobs_mode": "processed_logprobs",
         "distributed_executor_backend": "uni" if rollout.tensor_parallel_size == 1 else "mp",
-        "worker_extension_cls": "rlattn.rollout.worker.WeightsExtension",
+        "worker_extension_cls": "rlattn.rollout.worker.WorkerExtension",
         "disable_log_stats": True,
     }
     if config.policy.sends_adapters:

@@ -127,9 +127,10 @@ class Fleet:
             self._deal(waiting)
             for member in self.members:
                 self._call(member, sampling, eager=bool(waiting))
-            member, answer = self._next(deadline, f"generating: {left} of {total} completions are missing")
-            if member is None:
+            found = self._next(deadline, f"generating: {left} of {total} completions are missing")
+            if found is None:
                 continue
+            member, answer = found
             try:
                 done = self._answered(member, answer)
             except ActorLost as error:
@@ -173,8 +174,8 @@ class Fleet:
             member.call = member.actor.advance.remote(self._batch, new, eager=eager, **sampling)
             member.due = now + self.config.silence_timeout_s
 
-    def _next(self, deadline: float, missing: str) -> tuple[Member | None, Any]:
-        """Wait until a member answers (it and the call), is overdue (it and an ActorLost), or may be started again."""
+    def _next(self, deadline: float, missing: str) -> tuple[Member, Any] | None:
+        """Wait: for a member that answers (it, the call) or is overdue (it, an ActorLost); None if one may start again."""
         calls = {member.call: member for member in self.members if member.call is not None}
         times = [member.due for member in calls.values()]
         times += [member.again for member in self.members if member.actor is None]
@@ -193,7 +194,7 @@ class Fleet:
                 return member, ActorLost(f"{phase}: no answer from {member.seat.name} within {limit:g} s")
         if now >= deadline:
             raise ActorError(f"{missing} after {self.config.generate_timeout_s:g} s")
-        return None, None
+        return None
 
     def _answered(self, member: Member, answer: Any) -> dict[int, Completion]:
         """What a member just finished: completions, or being loaded, which gives none."""

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,12 @@ from rlattn.config import ConfigError, RunConfig
 from rlattn.problem import Problem
 from rlattn.rollout.engine import Completion, Engine, Request
 from rlattn.rollout.engine_args import engine_args, engine_env
-from rlattn.rollout.fleet import Fleet, Member
+from rlattn.rollout.fleet import Fleet
 from rlattn.rollout.placement import Plan, Seat
 from rlattn.types import Rollouts
+
+Tell = Callable[[str, float, Callable[[Any], ray.ObjectRef]], object]
+"""(phase, time-out in seconds, call): makes a call to one engine or to all, and waits for it."""
 
 
 @dataclass(frozen=True)
@@ -171,25 +175,15 @@ class RolloutPool:
                 that has been lost too often.
         """
         phase = f"loading weights {version}"
-        deadline = time.monotonic() + self.config.rollout.weights_timeout_s
 
-        def left() -> float:
-            return max(0.0, deadline - time.monotonic())
+        def send(tell: Tell) -> None:
+            deadline = time.monotonic() + self.config.rollout.weights_timeout_s
+            tell(f"{phase} (begin)", _left(deadline), lambda e: e.begin_weights.remote())
+            for index, bucket in enumerate(weights()):
+                tell(f"{phase} (bucket {index})", _left(deadline), partial(_load_bucket, bucket))
+            tell(f"{phase} (finish)", _left(deadline), lambda e: e.finish_weights.remote(version))
 
-        self.fleet.everyone(f"{phase} (begin)", left(), lambda e: e.begin_weights.remote())
-        for index, bucket in enumerate(weights()):
-            self.fleet.everyone(f"{phase} (bucket {index})", left(), lambda e, ref=bucket: e.load_bucket.remote(ref))
-        self.fleet.everyone(f"{phase} (finish)", left(), lambda e: e.finish_weights.remote(version))
-        self.version = version
-
-        def supply(member: Member) -> None:
-            timeout_s = self.config.rollout.weights_timeout_s
-            self.fleet.one(member, phase, timeout_s, lambda e: e.begin_weights.remote())
-            for bucket in weights():
-                self.fleet.one(member, phase, timeout_s, lambda e, ref=bucket: e.load_bucket.remote(ref))
-            self.fleet.one(member, phase, timeout_s, lambda e: e.finish_weights.remote(version))
-
-        self.fleet.supply = supply
+        self._publish(send, version)
 
     def load_adapter(self, adapter: Callable[[], ray.ObjectRef], version: int) -> None:
         """Have every engine apply an adapter beside its weights, in place of the one before, and carry `version`.
@@ -202,16 +196,19 @@ class RolloutPool:
         Raises:
             ActorError: as `load_weights`.
         """
-        phase, timeout_s = f"loading adapter {version}", self.config.rollout.weights_timeout_s
-        files = adapter()
-        self.fleet.everyone(phase, timeout_s, lambda e: e.load_adapter.remote(files, version))
-        self.version = version
+        timeout_s = self.config.rollout.weights_timeout_s
 
-        def supply(member: Member) -> None:
+        def send(tell: Tell) -> None:
             files = adapter()
-            self.fleet.one(member, phase, timeout_s, lambda e: e.load_adapter.remote(files, version))
+            tell(f"loading adapter {version}", timeout_s, lambda e: e.load_adapter.remote(files, version))
 
-        self.fleet.supply = supply
+        self._publish(send, version)
+
+    def _publish(self, send: Callable[[Tell], None], version: int) -> None:
+        """Send to every engine, and again to each that is rebuilt from now on."""
+        send(self.fleet.everyone)
+        self.version = version
+        self.fleet.supply = lambda member: send(partial(self.fleet.one, member))
 
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
@@ -268,3 +265,11 @@ def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> str:
 def request_seed(seed: int, step: int, index: int) -> int:
     """Seed of one request's stream, in 0..2^63-1: a hash, so that neighbours share nothing."""
     return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _load_bucket(bucket: ray.ObjectRef, engine: Any) -> ray.ObjectRef:
+    return engine.load_bucket.remote(bucket)
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())

@@ -1,4 +1,7 @@
-"""Mixed into vLLM's worker (`worker_extension_cls`): receives weights. vLLM calls these by name, in every worker."""
+"""Mixed into vLLM's worker (`worker_extension_cls`): receives weights, listens to attention.
+
+vLLM calls these by name, in every worker.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from safetensors.torch import load
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlattn.rollout.capture import CaptureExtension
 
 
 class WeightsExtension:
@@ -52,3 +57,7 @@ class WeightsExtension:
         if self._rlattn_missing:
             names = sorted(self._rlattn_missing)
             raise ValueError(f"{len(names)} parameters were in no bucket of the update: {', '.join(names[:5])}")
+
+
+class WorkerExtension(WeightsExtension, CaptureExtension):
+    """All that rlattn adds to a vLLM worker; give it as `worker_extension_cls`."""
