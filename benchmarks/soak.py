@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -116,8 +117,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    root = Path(__file__).parent.parent
-    sys.path += [str(root / "tests" / "rollout"), str(root)]  # the tests' tiny model; last, where it shadows nothing
-    main()
+    with tempfile.TemporaryDirectory() as links:  # the tests' tiny model, without the root
+        tests = Path(__file__).parent.parent.absolute() / "tests"
+        Path(links, "tests").symlink_to(tests)
+        sys.path += [links, str(tests / "rollout")]
+        main()

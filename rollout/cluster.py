@@ -16,6 +16,7 @@ from rich.text import Text
 from rlattn.config import ConfigError, RunConfig
 from rlattn.rollout.placement import Plan, on_gpu
 
+CAUSE_S = 5.0  # how long after a failed call another actor's death may become known
 FETCH_S = 60.0  # longest wait for a result that is there already: only the copy
 CAUSE_LINES = 12  # of a failed actor's own error that are shown
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # without GPUs: weights of small models and rollouts; larger objects spill to disk
@@ -101,7 +102,8 @@ def reserve(config: RunConfig, plan: Plan) -> PlacementGroup:
 def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -> list[Any]:
     """Results of one remote call per named actor, in order.
 
-    Fails as soon as one call fails, without waiting for the others.
+    Fails as soon as one call fails, but for `CAUSE_S` seconds in which another may turn out to have died: where actors
+    work together, the death of one makes the others' calls fail.
 
     Raises:
         ActorError: names the actor that died, failed or is still silent after `timeout_s`, the phase and the cause.
@@ -114,7 +116,20 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
         if not ready:
             silent = ", ".join(names[ref] for ref in pending)
             raise ActorLost(f"{phase}: no answer from {silent} within {timeout_s:g} s")
-        outcome(ready[0], names[ready[0]], phase, FETCH_S)
+        try:
+            outcome(ready[0], names[ready[0]], phase, FETCH_S)
+        except ActorLost:
+            raise
+        except ActorError:
+            others = ray.wait(pending, num_returns=len(pending), timeout=CAUSE_S)[0] if pending else []
+            for ref in others:
+                try:
+                    outcome(ref, names[ref], phase, FETCH_S)
+                except ActorLost:
+                    raise
+                except ActorError:
+                    continue
+            raise
     return [outcome(ref, name, phase, FETCH_S) for name, ref in calls.items()]
 
 

@@ -79,13 +79,13 @@ class Engine:
         return EngineInfo(os.getpid(), self.load_seconds, most)
 
     def advance(
-        self, batch: int, new: list[tuple[int, Request]], *, eager: bool, top_p: float, max_tokens: int
+        self, batch: int, new: list[tuple[int, Request]], *, patience_s: float, top_p: float, max_tokens: int
     ) -> dict[int, Completion]:
         """Take `new` requests of a batch, sample for a while, and return what is finished, by request number.
 
-        It ends when nothing is left, after `HEARTBEAT_S` seconds, or, when `eager`, once a request is finished. What
-        is left of another batch is dropped first. What is sampled depends only on the requests and the weights: the
-        prefix cache, whose hits change the last bits of log-probs, is emptied with every batch.
+        It ends when nothing is left, after `HEARTBEAT_S` seconds, or after `patience_s` once something is finished.
+        What is left of another batch is dropped first. What is sampled depends only on the requests and the weights:
+        the prefix cache, whose hits change the last bits of log-probs, is emptied with every batch.
 
         Raises:
             RuntimeError: the weights are half-loaded.
@@ -99,8 +99,10 @@ class Engine:
             self._batch = batch
         self._enqueue(new, top_p=top_p, max_tokens=max_tokens)
         finished: dict[int, Completion] = {}
-        end = time.monotonic() + HEARTBEAT_S
-        while self.llm.llm_engine.has_unfinished_requests() and not (eager and finished) and time.monotonic() < end:
+        start = time.monotonic()
+        while self.llm.llm_engine.has_unfinished_requests():
+            if time.monotonic() - start > (patience_s if finished else HEARTBEAT_S):
+                break
             for output in self.llm.llm_engine.step():
                 assert isinstance(output, RequestOutput)
                 if output.finished:

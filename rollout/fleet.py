@@ -17,12 +17,13 @@ import ray
 
 from rlattn.config import RolloutConfig
 from rlattn.rollout.cluster import ActorError, ActorLost, collect, outcome
-from rlattn.rollout.engine import Completion, EngineInfo, Request
+from rlattn.rollout.engine import HEARTBEAT_S, Completion, EngineInfo, Request
 from rlattn.rollout.placement import Seat
 
 Unit = Sequence[tuple[int, Request]]
 """Numbered requests that stay together: a problem's, so that its prompt is in one engine's prefix cache."""
 LONGEST_BACKOFF_S = 30.0
+FEEDING_S = 0.25  # how often an engine with room is given more, while there is more
 
 
 @dataclass
@@ -106,10 +107,12 @@ class Fleet:
         """The answer of one engine to a call; ActorLost or ActorError where it does not come."""
         return outcome(call(member.actor), member.seat.name, phase, timeout_s, timeout_s)
 
-    def run(self, units: Iterable[Unit], **sampling: Any) -> Iterator[dict[int, Completion]]:
-        """Sample every request; yields completions by their number, as they come.
+    def run(
+        self, units: Iterable[Unit], *, patience_s: float = HEARTBEAT_S, **sampling: Any
+    ) -> Iterator[dict[int, Completion]]:
+        """Sample every request; yields completions by their number, those of `patience_s` seconds together.
 
-        Engines drop what they still have of an earlier batch.
+        Engines go on while the caller is at work, and drop what they still have of an earlier batch.
 
         Raises:
             ActorError: an engine failed, was lost more than `rollout.max_restarts` times in a row, or the batch is not
@@ -123,10 +126,14 @@ class Fleet:
         for member in self.members:
             member.units, member.unsent, member.call = [], [], member.call if member.info is None else None
         deadline = time.monotonic() + self.config.generate_timeout_s
+        done: dict[int, Completion] = {}
         while left:
             self._deal(waiting)
             for member in self.members:
-                self._call(member, sampling, eager=bool(waiting))
+                self._call(member, sampling, min(patience_s, FEEDING_S) if waiting else patience_s)
+            if done:
+                yield done
+                done = {}
             found = self._next(deadline, f"generating: {left} of {total} completions are missing")
             if found is None:
                 continue
@@ -137,8 +144,7 @@ class Fleet:
                 waiting.extendleft(reversed(self._lose(member, error)))
                 continue
             left -= len(done)
-            if done:
-                yield done
+        yield done
         for member in self.members:
             member.losses = 0
 
@@ -161,7 +167,7 @@ class Fleet:
             member.units.append(unit)
             member.unsent += unit.items()
 
-    def _call(self, member: Member, sampling: dict[str, Any], *, eager: bool) -> None:
+    def _call(self, member: Member, sampling: dict[str, Any], patience_s: float) -> None:
         """Have a member that does nothing do what it should: start, or go on sampling."""
         now = time.monotonic()
         if member.call is not None:
@@ -171,11 +177,11 @@ class Fleet:
             member.call, member.due = member.actor.info.remote(), now + self.config.start_timeout_s
         elif member.info and member.load:
             new, member.unsent = member.unsent, []
-            member.call = member.actor.advance.remote(self._batch, new, eager=eager, **sampling)
+            member.call = member.actor.advance.remote(self._batch, new, patience_s=patience_s, **sampling)
             member.due = now + self.config.silence_timeout_s
 
     def _next(self, deadline: float, missing: str) -> tuple[Member, Any] | None:
-        """Wait: for a member that answers (it, the call) or is overdue (it, an ActorLost); None if one may start again."""
+        """Who answers next (it, the call) or is overdue (it, an ActorLost); None where one may be started again."""
         calls = {member.call: member for member in self.members if member.call is not None}
         times = [member.due for member in calls.values()]
         times += [member.again for member in self.members if member.actor is None]

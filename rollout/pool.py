@@ -27,6 +27,8 @@ from rlattn.rollout.fleet import Fleet
 from rlattn.rollout.placement import Plan, Seat
 from rlattn.types import Rollouts
 
+STREAM_PATIENCE_S = 0.1  # how long what is finished may wait for more, where somebody saves it
+
 Tell = Callable[[str, float, Callable[[Any], ray.ObjectRef]], object]
 """(phase, time-out in seconds, call): makes a call to one engine or to all, and waits for it."""
 
@@ -153,7 +155,8 @@ class RolloutPool:
             units.append(list(enumerate(requests, len(index_of))))
             index_of += [index] * ask.samples
         waiting: dict[int, dict[int, Completion]] = {index: {} for index in range(len(asks))}
-        for part in self.fleet.run(units, top_p=rollout.top_p, max_tokens=rollout.max_completion_length):
+        sampling = {"top_p": rollout.top_p, "max_tokens": rollout.max_completion_length}
+        for part in self.fleet.run(units, patience_s=STREAM_PATIENCE_S, **sampling):
             for place, completion in part.items():
                 index = index_of[place]
                 waiting[index][place] = completion

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlattn.config import ConfigError
-from rlattn.rollout.cluster import ActorError
+from rlattn.rollout.cluster import ActorError, ActorLost
 from rlattn.trainers.manifest import damage, write_manifest
 
 
@@ -107,6 +107,9 @@ class Checkpoints:
             _sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
+        except ActorLost:  # no fault of the disk: who runs the policy may start it again
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except (OSError, ActorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             last = self.latest()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlattn.data import check_same, fingerprint
 from rlattn.metrics import completion_records
 from rlattn.report import write_report
 from rlattn.reward_functions import load_function
-from rlattn.rollout.cluster import local_cpus, reserve, start_ray
+from rlattn.rollout.cluster import ActorLost, local_cpus, reserve, start_ray
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.placement import plan
 from rlattn.rollout.pool import RolloutPool, encode_prompts
@@ -85,17 +86,55 @@ def train(
     encode_prompts([*task.train, *task.test, *asked], tokenizer, config.rollout.max_prompt_length)
     save_config(config)
 
-    model_path = str(checkpoint / "model") if checkpoint else start_model
-    with (
-        Tracker(config.output_dir, config.trainer.report_to, config=config.model_dump(mode="json")) as tracker,
-        start(config, task, benchmarks, tokenizer, model_path, start_model, checkpoint, console) as trainer,
-    ):
-        loop(config, trainer, tracker, checkpoints, checkpoint, tokenizer, console, data)
+    with Tracker(config.output_dir, config.trainer.report_to, config=config.model_dump(mode="json")) as tracker:
+
+        def attempt(checkpoint: Path | None, started: Callable[[], None]) -> None:
+            with start(config, task, benchmarks, tokenizer, start_model, checkpoint, console) as trainer:
+                started()
+                loop(config, trainer, tracker, checkpoints, checkpoint, tokenizer, console, data)
+
+        keep_going(attempt, checkpoints, checkpoint, config.trainer.max_restarts, console)
     report = write_report(config.output_dir)
     accuracy = [line["eval/accuracy"] for line in read_metrics(config.output_dir) if "eval/accuracy" in line]
     before, after = (accuracy[0], accuracy[-1]) if accuracy else (None, None)
     console.result(before, after, report, checkpoints.latest())
     return report
+
+
+def keep_going(
+    attempt: Callable[[Path | None, Callable[[], None]], None],
+    checkpoints: Checkpoints,
+    checkpoint: Path | None,
+    max_restarts: int,
+    console: Console,
+) -> None:
+    """Make `attempt`s until one comes to its end: after an actor was lost, from the newest checkpoint.
+
+    `attempt` is told the checkpoint and what to call once everything is started: what cannot even start is not tried
+    again. At most `max_restarts` in a row that bring no newer checkpoint, after 1, 2, 4, ... seconds.
+
+    Raises:
+        ActorLost: once more than that.
+        CheckpointError: the newest checkpoint is damaged.
+    """
+    losses, running = 0, False
+
+    def started() -> None:
+        nonlocal running
+        running = True
+
+    while True:
+        try:
+            return attempt(checkpoint, started)
+        except ActorLost as error:
+            newest = checkpoints.latest()
+            losses = losses + 1 if newest == checkpoint else 1
+            if not running or losses > max_restarts:
+                raise
+            checkpoint = checkpoints.verified(newest, "--resume-from") if newest else None
+            first = str(error).splitlines()[0].rstrip(":")
+            console.note(f"{first}; starting again from {checkpoint.name if checkpoint else 'the beginning'}")
+            time.sleep(2.0 ** (losses - 1))
 
 
 def loop(
@@ -151,13 +190,13 @@ def start(
     task: Task,
     benchmarks: list[Task],
     tokenizer: PreTrainedTokenizerBase,
-    model_path: str,
     reference_path: str,
     checkpoint: Path | None,
     console: Console,
 ) -> Iterator[Trainer]:
     """Ray, engines and policy, loaded side by side; all of it gone when the block ends."""
     layout = plan(config)
+    model_path = str(checkpoint / "model") if checkpoint else reference_path
     with console.phase("starting Ray"):
         logs = start_ray(config, layout)
         console.note(f"logs of Ray and of the actors: {logs}")

@@ -35,6 +35,9 @@ class TrainerConfig(Section):
     surpasses all before it saves at once. None chooses none."""
     greater_is_better: bool = True
     """The best `best_metric` is the greatest, not the least."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often in a row, with no new checkpoint in between, everything is started again from the newest one after a
+    policy rank (or what else cannot be replaced alone) died or hung; 0 ends the run."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers beside `metrics.jsonl`; each needs its extra."""
     log_completions: Annotated[int, Field(ge=0)] = 8

@@ -188,6 +188,35 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, cache, settings):
     assert "credit.top_q was 0.4, now 0.2" in different.stderr
 
 
+def test_a_lost_policy_rank_starts_everything_again_from_the_newest_checkpoint(tmp_path, cache):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    settings = ["trainer.steps=4", "trainer.save_total_limit=3"]
+    finish(command(straight, cache, *settings))
+    args = command(broken, cache, *settings)
+    driver = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: len(read_metrics(broken)) > 2, driver)
+    (victim, *_) = [pid for pid in descendants(driver.pid) if "PolicyWorker" in command_line(pid)]
+    os.kill(victim, signal.SIGKILL)
+    output, _ = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0, output[-3000:]
+    (line,) = [line for line in output.splitlines() if "starting again from step-" in line]
+    assert "policy rank" in line
+    assert "died" in line
+    assert without_time(broken) == without_time(straight)
+    expected = weights(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken).items())
+
+
+def descendants(pid):
+    """Every process below a process."""
+    children = [int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()]
+    return children + [own for child in children for own in descendants(child)]
+
+
+def command_line(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
 def wait_for(condition, process, timeout=TIMEOUT):
     deadline = time.monotonic() + timeout
     while not condition():
