@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors.torch import save
 from torch import Tensor
+
+from rlattn.config import HeadsConfig
+from rlattn.kernels import AttentionStatistics, StatisticsOptions
+from rlattn.signals import HeadSums, SignalRows, reduce_rows
+from rlattn.types import ExtraSignal
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -71,6 +77,7 @@ class Engine:
         self.version: int | None = version
         self.adapter: LoRARequest | None = None
         self._batch = 0
+        self._rows: SignalRows | None = None
         self._numbers: dict[str, int] = {}  # of unfinished requests, by vLLM's name for them
 
     def info(self) -> EngineInfo:
@@ -167,6 +174,37 @@ class Engine:
         self.llm.reset_prefix_cache()
         self.adapter, self.version = adapter, version
 
+    def measure(
+        self,
+        token_ids: list[list[int]],
+        starts: list[int],
+        layers: list[int],
+        options: StatisticsOptions,
+        *,
+        spans: bool,
+        receivers: int | None,
+    ) -> HeadSums:
+        """Attention statistics of whole sequences by these weights; kept for `reduce`, their sums returned.
+
+        `starts` are the sequences' first response tokens; the rest as in `SignalRows.collect`.
+        """
+        from rlattn.rollout.attention import attention_statistics
+
+        self._drop()
+        found = attention_statistics(self.llm, token_ids, layers=layers, response_starts=starts, options=options)
+        lengths = torch.tensor([len(ids) for ids in token_ids])
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        packed = {layer: joined([of_one[layer] for of_one in found]) for layer in layers}
+        bounds = cu_seqlens, cu_seqlens[:-1] + torch.tensor(starts)
+        self._rows = SignalRows.collect(packed, layers, *bounds, spans=spans, receivers=receivers)
+        return self._rows.sums
+
+    def reduce(self, heads: HeadsConfig, groups: Tensor, extra: tuple[ExtraSignal, ...]) -> dict[str, Tensor]:
+        """What `measure` kept, reduced by head groups [L, H] to WAAD and FAI: [t] fp32 each."""
+        rows, self._rows = self._rows, None
+        assert rows is not None, "reduce without measure"
+        return reduce_rows(rows, heads, groups, extra)
+
     def begin_weights(self) -> None:
         """Open a weight update."""
         self.version = None
@@ -183,3 +221,12 @@ class Engine:
         self.llm.collective_rpc("rlattn_finish_weights")
         self.llm.reset_prefix_cache()
         self.version = version
+
+
+def joined(parts: list[AttentionStatistics]) -> AttentionStatistics:
+    """Statistics of sequences [H, N] as those of a packed batch [H, t]."""
+    columns: dict[str, Any] = {}
+    for field in fields(AttentionStatistics):
+        own = [getattr(part, field.name) for part in parts]
+        columns[field.name] = None if own[0] is None else torch.cat(own, -1)
+    return AttentionStatistics(**columns)

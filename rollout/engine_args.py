@@ -33,6 +33,7 @@ OWNED_ON_CPU = {"enable_chunked_prefill": "rlattn (off on CPUs, where it breaks 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, MAX_SERVED_RANK)  # those that vLLM has room for
 
+SCORED_BESIDE = 2  # tokens that a prefill of a whole sequence has beside it, see `rlattn.rollout.attention`
 CPU_KV_CACHE_GIB = 1.0  # where `rollout.kv_cache_gib` is unset: vLLM's own default is a share of all memory
 
 
@@ -53,6 +54,8 @@ def engine_args(config: RunConfig, model_path: str) -> dict[str, Any]:
     check_engine_args(config)
     rollout = config.rollout
     length = rollout.max_prompt_length + rollout.max_completion_length
+    if config.signals.source == "rollout":
+        length += SCORED_BESIDE
     owned: dict[str, Any] = {
         "model": model_path,
         "dtype": config.model.dtype,

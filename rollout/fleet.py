@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import ray
@@ -147,6 +148,41 @@ class Fleet:
         yield done
         for member in self.members:
             member.losses = 0
+
+    def whole(self) -> list[Member]:
+        """Every member, once those that were lost are back.
+
+        Raises:
+            ActorError: one was lost too often.
+        """
+        while any(member.info is None for member in self.members):
+            for member in self.members:
+                self._call(member, {}, 0.0)
+            found = self._next(inf, "")
+            try:
+                if found:
+                    self._answered(*found)
+            except ActorLost as error:
+                assert found
+                self._lose(found[0], error)
+        return self.members
+
+    def each(self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]]) -> list[Any]:
+        """The answers of some members to calls that run side by side.
+
+        Raises:
+            ActorLost: one was lost, and is rebuilt with the next batch.
+            ActorError: one failed, or was lost too often.
+        """
+        deadline = time.monotonic() + timeout_s
+        answers = []
+        for member, ref in calls:
+            try:
+                answers.append(outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s))
+            except ActorLost as error:
+                self._lose(member, error)
+                raise
+        return answers
 
     def shutdown(self) -> None:
         """End every actor; safe to call twice."""

@@ -17,15 +17,18 @@ import ray
 import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlattn.config import ConfigError, RunConfig
+from rlattn.kernels import capture_layers
 from rlattn.problem import Problem
 from rlattn.rollout.engine import Completion, Engine, Request
 from rlattn.rollout.engine_args import engine_args, engine_env
 from rlattn.rollout.fleet import Fleet
 from rlattn.rollout.placement import Plan, Seat
-from rlattn.types import Rollouts
+from rlattn.rollout.scoring import score_signals
+from rlattn.signals import HeadGroups
+from rlattn.types import ExtraSignal, Rollouts, Scores
 
 STREAM_PATIENCE_S = 0.1  # how long what is finished may wait for more, where somebody saves it
 
@@ -64,6 +67,10 @@ class RolloutPool:
         """
         self.config, self.tokenizer, self.version = config, tokenizer, version
         args, env = engine_args(config, model_path), engine_env(config)
+        self.layers: list[int] = []  # that engines are asked about
+        if config.signals.source == "rollout":
+            shape = AutoConfig.from_pretrained(model_path)
+            self.layers = capture_layers(shape, config.signals.layers, config.signals.layer_range)
 
         def make(seat: Seat) -> Any:
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle) if group else None
@@ -163,6 +170,22 @@ class RolloutPool:
                 if len(waiting[index]) == asks[index].samples:
                     done = [completion for _, completion in sorted(waiting.pop(index).items())]
                     yield index, list(zip(self._texts(done), done, strict=True))
+
+    def score(self, rollouts: Rollouts, groups: HeadGroups | None, extra: Sequence[ExtraSignal]) -> Scores:
+        """What the engines say about finished sequences that their weights sampled: see `signals.source`.
+
+        Attention signals come from a prefill of the whole sequences, log-probs from their sampling; entropy is 0.
+
+        Args:
+            rollouts: the batch.
+            groups: [L][H], the head groups to use; None measures them.
+            extra: further signals that the credit strategy needs.
+
+        Raises:
+            ActorError: as `generate`; an engine that is lost is rebuilt, and everything measured again.
+        """
+        signals = score_signals(self.fleet, self.config, self.layers, rollouts, groups, extra)
+        return Scores(rollouts.sampled_logps, torch.zeros_like(rollouts.sampled_logps), signals)
 
     def load_weights(self, weights: Callable[[], Iterable[ray.ObjectRef]], version: int) -> None:
         """Move new weights into every engine, then empty prefix caches and carry `version`.

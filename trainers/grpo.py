@@ -25,7 +25,7 @@ class GRPOTrainer(Trainer):
                 scores, gamma, credit_metrics, update_metrics = self.policy.train(rollouts, advantage, groups, step)
         else:
             with timer("score"):
-                scores = self.policy.score(rollouts, groups)
+                scores = self.score(rollouts, groups)
             with timer("credit"):
                 gamma, credit_metrics = credit.assign(
                     rollouts, scores, advantage, config.credit, seed=config.seed, step=step

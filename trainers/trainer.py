@@ -21,7 +21,7 @@ from rlattn.dynamic_sampling import fill
 from rlattn.evaluation.in_training import evaluate
 from rlattn.problem import Problem
 from rlattn.rollout.pool import RolloutPool
-from rlattn.signals import signal_metrics
+from rlattn.signals import HeadGroups, signal_metrics
 from rlattn.tasks import Task
 from rlattn.timing import PhaseTimer
 from rlattn.trainers.policy import Policy
@@ -75,6 +75,12 @@ class Trainer(ABC):
     def save(self, folder: Path) -> None:
         """Write what the models of this algorithm have learned under `folder`."""
         self.policy.save(folder)
+
+    def score(self, rollouts: Rollouts, groups: HeadGroups | None) -> Scores:
+        """Old log-probs and attention signals of a batch, from the policy or from the engines that sampled it."""
+        if self.config.signals.source == "rollout":
+            return self.rollout.score(rollouts, groups, self.policy.extra)
+        return self.policy.score(rollouts, groups)
 
     def publish(self, version: int) -> None:
         """Give the engines what the policy is now."""
@@ -139,7 +145,7 @@ class Trainer(ABC):
         whole: dict[str, float] = {}
         for part in (
             metrics.rollout_metrics(rollouts),
-            metrics.sampling_metrics(rollouts, scores),
+            metrics.sampling_metrics(rollouts, scores) if self.config.signals.source == "policy" else {},
             signal_metrics(scores.signals, rollouts, self.groups),
             *parts,
             timer.metrics(tokens=len(rollouts.token_ids)),

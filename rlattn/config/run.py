@@ -83,6 +83,8 @@ class RunConfig(Section):
             raise ValueError("rewards.verifier_weight=0 without rewards.functions leaves no reward; set one of them")
         if self.algorithm.name == "ppo":
             self._check_ppo()
+        if self.signals.source == "rollout":
+            self._check_rollout_signals()
         if self.signals.forward == "train":
             self._check_training_forward()
         return self
@@ -100,6 +102,20 @@ class RunConfig(Section):
                 f"algorithm.estimator={self.algorithm.estimator} has no effect with algorithm.name=ppo, whose "
                 "advantages are the critic's; leave it out"
             )
+
+    def _check_rollout_signals(self) -> None:
+        """What the policy's scoring forward gives, and the engines do not, must not be asked for."""
+        asked = {
+            f"algorithm.name={self.algorithm.name}": self.algorithm.name != "grpo",
+            f"algorithm.beta={self.algorithm.beta}": self.algorithm.beta > 0,
+            "algorithm.vllm_importance_sampling_correction": self.algorithm.vllm_importance_sampling_correction,
+            f"rollout.top_p={self.rollout.top_p}": self.rollout.top_p < 1,
+            f"credit.name={self.credit.name}": self.credit.name in ("entropy", "entropy_selection", "flow"),
+            f"signals.forward={self.signals.forward}": self.signals.forward != "score",
+        }
+        wrong = [name for name, needed in asked.items() if needed]
+        if wrong:
+            raise ValueError(f"signals.source=rollout runs no scoring forward, which {', '.join(wrong)} needs")
 
     def _check_training_forward(self) -> None:
         iterations, steps = self.algorithm.num_iterations, self.algorithm.steps_per_generation

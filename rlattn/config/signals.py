@@ -40,8 +40,11 @@ class FlowConfig(Section):
 
 
 class SignalsConfig(Section):
-    """Attention statistics: captured in a forward of the policy."""
+    """Attention statistics: captured in a forward of the policy, or in the engines."""
 
+    source: Literal["policy", "rollout"] = "policy"
+    """Whose forward is captured. `policy`: the policy's (see `forward`). `rollout`: a prefill of whole sequences in the
+    engines that sampled them; the policy then scores nothing, and the engines' log-probs are the old ones."""
     forward: Literal["score", "train"] = "score"
     """The forward that is captured. `score`: one before the update, which also gives the old log-probs. `train`: the
     update's own, before each micro-batch's loss, so that no scoring forward runs; for batches that take a single

@@ -139,3 +139,21 @@ def test_malformed_files(tmp_path, text, message):
 def test_missing_file_lists_the_shipped_names():
     with pytest.raises(ConfigError, match=r"no config file at 'quickstrt'.*quickstart"):
         load_config("quickstrt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"algorithm": {"beta": 0.1}}, r"algorithm\.beta=0\.1"),
+        ({"algorithm": {"name": "ppo"}}, r"algorithm\.name=ppo"),
+        ({"algorithm": {"vllm_importance_sampling_correction": True}}, "algorithm.vllm_importance_sampling_correction"),
+        ({"rollout": {"top_p": 0.9}}, r"rollout\.top_p=0\.9"),
+        ({"credit": {"name": "entropy"}}, r"credit\.name=entropy"),
+        ({"signals": {"forward": "train"}}, r"signals\.forward=train"),
+    ],
+)
+def test_signals_from_the_engines_leave_out_what_only_the_policy_gives(changes, named):
+    RunConfig.model_validate({"signals": {"source": "rollout"}})
+    tree = changes | {"signals": {"source": "rollout"} | changes.get("signals", {})}
+    with pytest.raises(ValueError, match=f"signals.source=rollout runs no scoring forward, which {named} needs"):
+        RunConfig.model_validate(tree)
