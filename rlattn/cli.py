@@ -107,6 +107,13 @@ def report(args: argparse.Namespace) -> None:
     print(write_report(_run_dir(args.run_dir)))
 
 
+def status(args: argparse.Namespace) -> None:
+    """`rlattn status RUN_DIR`."""
+    from rlattn.status import describe
+
+    print("\n".join(describe(_run_dir(args.run_dir))))
+
+
 def export(args: argparse.Namespace) -> None:
     """`rlattn export RUN_DIR OUT`."""
     from rlattn.trainers.checkpoint import newest
@@ -160,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     add_study_arguments(add("study", study, "Compare arms over seeds: table with intervals and learning curves."))
     add_config(add("warmup", warmup, "Make (or find) the small starting model of a config."))
     command = add("report", report, "Write report.html for a run.")
+    command.add_argument("run_dir", type=Path)
+    command = add("status", status, "What a run is doing: step, phase, engines, newest checkpoint.")
     command.add_argument("run_dir", type=Path)
     command = add("export", export, "Copy a checkpoint's Hugging Face model: the newest's unless told.")
     command.add_argument("run_dir", type=Path)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from rlattn import trace
 
 
 class PhaseTimer:
     """`with timer("generate"): ...` adds up wall-clock seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[str], None] = lambda phase: None) -> None:
+        """`begin` is told of each phase as it begins."""
+        self._begin = begin
         self.phases: dict[str, float] = {}
         self.start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the body as part of `phase`."""
+        self._begin(phase)
         start = time.perf_counter()
         yield
+        trace.span(trace.DRIVER, phase, start)
         self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self, tokens: int) -> dict[str, float]:

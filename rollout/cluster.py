@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from rich.text import Text
 
+from rlattn import trace
 from rlattn.config import ConfigError, RunConfig
 from rlattn.rollout.placement import Plan, on_gpu
 
@@ -109,13 +110,14 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
         ActorError: names the actor that died, failed or is still silent after `timeout_s`, the phase and the cause.
     """
     names = {ref: name for name, ref in calls.items()}
-    deadline = time.monotonic() + timeout_s
+    start, deadline = time.perf_counter(), time.monotonic() + timeout_s
     pending = list(names)
     while pending:
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             silent = ", ".join(names[ref] for ref in pending)
             raise ActorLost(f"{phase}: no answer from {silent} within {timeout_s:g} s")
+        trace.span(names[ready[0]], phase, start)
         try:
             outcome(ready[0], names[ready[0]], phase, FETCH_S)
         except ActorLost:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from rlattn import trace
 from rlattn.config import RolloutConfig
 from rlattn.rollout.cluster import ActorError, ActorLost, collect, outcome
 from rlattn.rollout.engine import HEARTBEAT_S, Completion, EngineInfo, Request
@@ -38,6 +39,8 @@ class Member:
         unsent: those of them that it has not been told of yet.
         call: what it is doing now.
         due: when that must be answered, by `time.monotonic`.
+        began: when that began, by `time.perf_counter`.
+        tokens, busy_s: sampled in the last batch, and how long that took.
         losses: in a row, without a batch finished in between.
         again: earliest time to start it again.
     """
@@ -49,6 +52,9 @@ class Member:
     unsent: list[tuple[int, Request]] = field(default_factory=list)
     call: ray.ObjectRef | None = None
     due: float = 0.0
+    began: float = 0.0
+    tokens: int = 0
+    busy_s: float = 0.0
     losses: int = 0
     again: float = 0.0
 
@@ -63,6 +69,7 @@ class Fleet:
 
     Attributes:
         members: one a seat.
+        lost: how often one was lost.
         supply: gives a rebuilt member the weights that the others have; None where those on disk are still right.
     """
 
@@ -73,6 +80,7 @@ class Fleet:
         self.config, self._make, self._note = config, make, note
         self.members = [Member(seat) for seat in seats]
         self.supply: Callable[[Member], None] | None = None
+        self.lost = 0
         self._batch = 0
 
     def start(self) -> None:
@@ -96,13 +104,24 @@ class Fleet:
         """
         if not self.members:
             raise ActorError(f"{phase}: the pool is shut down")
+        start = time.perf_counter()
         deadline = time.monotonic() + timeout_s
         calls = [(member, call(member.actor)) for member in self.members if member.info]
         for member, ref in calls:
             try:
                 outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s)
+                trace.span(member.seat.name, phase, start)
             except ActorLost as error:
                 self._lose(member, error)
+
+    def metrics(self) -> dict[str, float]:
+        """`perf/tokens_per_second/<engine>` of the last batch's sampling, and `rollout/engines_lost` so far."""
+        speeds = {
+            f"perf/tokens_per_second/{member.seat.name}": member.tokens / member.busy_s
+            for member in self.members
+            if member.busy_s
+        }
+        return speeds | {"rollout/engines_lost": float(self.lost)}
 
     def one(self, member: Member, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> Any:
         """The answer of one engine to a call; ActorLost or ActorError where it does not come."""
@@ -126,6 +145,7 @@ class Fleet:
         self._batch += 1
         for member in self.members:
             member.units, member.unsent, member.call = [], [], member.call if member.info is None else None
+            member.tokens, member.busy_s = 0, 0.0
         deadline = time.monotonic() + self.config.generate_timeout_s
         done: dict[int, Completion] = {}
         while left:
@@ -205,9 +225,9 @@ class Fleet:
 
     def _call(self, member: Member, sampling: dict[str, Any], patience_s: float) -> None:
         """Have a member that does nothing do what it should: start, or go on sampling."""
-        now = time.monotonic()
         if member.call is not None:
             return
+        now, member.began = time.monotonic(), time.perf_counter()
         if member.actor is None and now >= member.again:
             member.actor = self._make(member.seat)
             member.call, member.due = member.actor.info.remote(), now + self.config.start_timeout_s
@@ -248,9 +268,13 @@ class Fleet:
             if self.supply:
                 self.supply(member)
             member.info = info
+            trace.span(member.seat.name, "starting", member.began)
             self._note(f"{member.seat.name} is back")
             return {}
         done: dict[int, Completion] = outcome(answer, member.seat.name, "generating", 60.0)
+        trace.span(member.seat.name, "sampling", member.began)
+        member.busy_s += time.perf_counter() - member.began
+        member.tokens += sum(len(completion.token_ids) for completion in done.values())
         for unit in member.units:
             for number in unit.keys() & done.keys():
                 del unit[number]
@@ -263,6 +287,7 @@ class Fleet:
         unfinished = member.units
         member.actor, member.info, member.call, member.units, member.unsent = None, None, None, [], []
         member.losses += 1
+        self.lost += 1
         if member.losses > self.config.max_restarts:
             raise ActorError(f"{error}\n  lost {member.losses} times in a row (rollout.max_restarts)") from None
         delay = 0.0 if member.losses == 1 else min(2.0**member.losses, LONGEST_BACKOFF_S)

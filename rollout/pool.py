@@ -236,6 +236,10 @@ class RolloutPool:
         self.version = version
         self.fleet.supply = lambda member: send(partial(self.fleet.one, member))
 
+    def metrics(self) -> dict[str, float]:
+        """What the engines did in the last batch, see `Fleet.metrics`."""
+        return self.fleet.metrics()
+
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
         self.fleet.shutdown()

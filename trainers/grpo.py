@@ -5,7 +5,6 @@ from __future__ import annotations
 from rlattn import credit
 from rlattn.estimators import estimate
 from rlattn.signals import reusable_groups, trains_in_one_forward
-from rlattn.timing import PhaseTimer
 from rlattn.trainers.trainer import Batch, Trainer
 
 
@@ -14,7 +13,7 @@ class GRPOTrainer(Trainer):
 
     def step(self, step: int) -> tuple[dict[str, float], Batch]:
         """One batch of rollouts, one update, weights back into the engines."""
-        config, timer = self.config, PhaseTimer()
+        config, timer = self.config, self.timer(step)
         rollouts, sampled_metrics = self.sample(step, timer)
         with timer("reward"):
             rollouts = self.located(rollouts)

@@ -11,7 +11,6 @@ from torch import Tensor
 from rlattn import credit
 from rlattn.estimators.gae import gae, whiten
 from rlattn.signals import reusable_groups
-from rlattn.timing import PhaseTimer
 from rlattn.trainers.critic import Critic
 from rlattn.trainers.trainer import Batch, Trainer
 from rlattn.types import Rollouts, Scores
@@ -26,7 +25,7 @@ class PPOTrainer(Trainer):
 
     def step(self, step: int) -> tuple[dict[str, float], Batch]:
         """One batch of rollouts, one update of policy and critic, weights back into the engines."""
-        config, ppo, timer = self.config, self.config.ppo, PhaseTimer()
+        config, ppo, timer = self.config, self.config.ppo, self.timer(step)
         rollouts, sampled_metrics = self.sample(step, timer)
         with timer("score"):
             rollouts = self.located(rollouts)

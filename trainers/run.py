@@ -13,6 +13,7 @@ import ray
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlattn import trace
 from rlattn.config import FREE, ConfigError, RunConfig, TrainerConfig, differences
 from rlattn.console import Console
 from rlattn.data import check_same, fingerprint
@@ -23,6 +24,7 @@ from rlattn.rollout.cluster import ActorLost, local_cpus, reserve, start_ray
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.placement import plan
 from rlattn.rollout.pool import RolloutPool, encode_prompts
+from rlattn.status import DONE, STATUS, write_status
 from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
 from rlattn.trainers.checkpoint import Best, Checkpoints
@@ -43,7 +45,7 @@ PLACEMENT = ("policy.ranks", "policy.deepspeed", "policy.gpus_per_rank", "policy
 """Where a run computes: its results stay equal up to rounding."""
 FREE_ON_RESUME = (*FREE, *PLACEMENT, "trainer.eval_")
 """What a resumed run may change, and time-outs: everything else shapes its result."""
-DRIVER = "driver.pt"
+DRIVER, TRACE = "driver.pt", "trace.json"
 
 
 def train(
@@ -94,6 +96,7 @@ def train(
                 loop(config, trainer, tracker, checkpoints, checkpoint, tokenizer, console, data)
 
         keep_going(attempt, checkpoints, checkpoint, config.trainer.max_restarts, console)
+    write_status(config.output_dir, config.trainer.steps, config.trainer.steps, DONE)
     report = write_report(config.output_dir)
     accuracy = [line["eval/accuracy"] for line in read_metrics(config.output_dir) if "eval/accuracy" in line]
     before, after = (accuracy[0], accuracy[-1]) if accuracy else (None, None)
@@ -158,6 +161,7 @@ def loop(
         save_rng(folder / "rng" / DRIVER)
 
     first, last = 0, config.trainer.steps
+    trainer.tell = lambda step, phase: write_status(config.output_dir, step + 1, last, phase)
     if checkpoint:
         state = checkpoints.state(checkpoint)
         first, trainer.groups = state["step"], state["head_groups"]
@@ -168,10 +172,12 @@ def loop(
         with console.phase("evaluating the starting model"):
             tracker.log(0, trainer.evaluate())
     for step in range(first, last):
-        metrics, batch = trainer.step(step)
         done = step + 1
+        with trace.recording(config.output_dir / TRACE if done == config.trainer.trace_step else None):
+            metrics, batch = trainer.step(step)
         evaluating = _due(done, config.trainer.eval_steps, last)
         if evaluating:
+            trainer.tell(step, "eval")
             metrics |= trainer.evaluate()
         if evaluating or step == 0:
             records = completion_records(*batch, tokenizer, config.trainer.log_completions)
@@ -180,6 +186,7 @@ def loop(
         console.step(done, last, metrics)
         best = better(config.trainer, done, metrics, checkpoints.best()) if evaluating else None
         if best or done == last or _due(done, config.trainer.save_steps, last):
+            trainer.tell(step, "save")
             state = {"head_groups": trainer.groups, "sharding": sharding(config.policy), "data": data}
             checkpoints.save(done, state, write, best)
 
@@ -244,7 +251,7 @@ def prepare_output(
             raise ConfigError(f"{folder} holds no run, so none to go on from step-{resume_from}")
         return None
     if overwrite:
-        for name in ("checkpoints", "metrics.jsonl", "completions.jsonl", "report.html", "config.yaml"):
+        for name in ("checkpoints", "metrics.jsonl", "completions.jsonl", "report.html", "config.yaml", STATUS, TRACE):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return None

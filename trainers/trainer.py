@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,7 @@ class Trainer(ABC):
         functions: RewardPool | None = None,
     ) -> None:
         self.functions = functions
+        self.tell: Callable[[int, str], None] = lambda step, phase: None  # who shows what is going on
         self.config, self.task, self.rollout, self.policy, self.verifiers = config, task, rollout, policy, verifiers
         self.asked = {"eval": task} | {  # what evaluation asks, by the prefix of its metrics
             f"eval/{named.name}": task for named, task in zip(config.trainer.eval_tasks, benchmarks, strict=True)
@@ -64,6 +65,10 @@ class Trainer(ABC):
         self.prompts = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed)
         self.refills = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed + REFILL_SEED)
         self.groups: list[list[int]] | None = None  # the last step's head groups, for reuse and turnover
+
+    def timer(self, step: int) -> PhaseTimer:
+        """A step's, which tells of each phase as it begins."""
+        return PhaseTimer(lambda phase: self.tell(step, phase))
 
     @abstractmethod
     def step(self, step: int) -> tuple[dict[str, float], Batch]:
@@ -147,6 +152,7 @@ class Trainer(ABC):
             metrics.rollout_metrics(rollouts),
             metrics.sampling_metrics(rollouts, scores) if self.config.signals.source == "policy" else {},
             signal_metrics(scores.signals, rollouts, self.groups),
+            self.rollout.metrics(),
             *parts,
             timer.metrics(tokens=len(rollouts.token_ids)),
         ):

@@ -35,6 +35,8 @@ class TrainerConfig(Section):
     surpasses all before it saves at once. None chooses none."""
     greater_is_better: bool = True
     """The best `best_metric` is the greatest, not the least."""
+    trace_step: Positive | None = None
+    """Record who did what when in this step, counted from 1: `trace.json` in Chrome's format, for Perfetto."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often in a row, with no new checkpoint in between, everything is started again from the newest one after a
     policy rank (or what else cannot be replaced alone) died or hung; 0 ends the run."""

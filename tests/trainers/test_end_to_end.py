@@ -77,7 +77,9 @@ def test_two_steps_of_everything(tmp_path, cache):
     rows = [{"problem": f"{i} + 2 =", "answer": str(i + 2)} for i in range(1, 5)]
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     beside = f"trainer.eval_tasks=[{{name: gsm8k, options: {{data: {tmp_path}, instruction: ''}}}}]"
-    args = command(folder, cache, "trainer.steps=2", beside, "trainer.best_metric=eval/accuracy")
+    args = command(
+        folder, cache, "trainer.steps=2", beside, "trainer.best_metric=eval/accuracy", "trainer.trace_step=2"
+    )
     done = finish(args)
     assert "test accuracy after" in done.stdout
     assert "\x1b" not in done.stdout
@@ -94,6 +96,12 @@ def test_two_steps_of_everything(tmp_path, cache):
     shown = read_completions(folder)
     assert {line["step"] for line in shown} == {1, 2}
     assert [line["policy_version"] for line in shown] == [0, 0, 1, 1]
+    assert "done: all 2 steps" in finish([*RLATTN, "status", str(folder)]).stdout
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert rows == {"driver", "engine 0", "policy rank 0", "policy rank 1"}
+    named = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"generate", "sampling", "score", "update", "weights", "loading weights 2 (finish)"} <= named
     assert (folder / "report.html").stat().st_size > 10_000
     # its newest weights answer the run's own test problems, as its evaluation asked them
     results = tmp_path / "results"

@@ -144,6 +144,9 @@ class Recorded:
         ]
         return rollouts.replace(problems=[p for p in problems for _ in range(num_generations)], texts=texts)
 
+    def metrics(self):
+        return {}
+
     def load_weights(self, weights, version):
         self.weights = fetch_weights(weights())
 

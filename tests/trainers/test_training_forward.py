@@ -131,6 +131,9 @@ class Recorded:
         repeated = [problem for problem in problems for _ in range(num_generations)]
         return rollouts.replace(problems=repeated, texts=[str(int(length)) for length in lengths])
 
+    def metrics(self):
+        return {}
+
     def load_weights(self, weights, version):
         self.weights = fetch_weights(weights())
 

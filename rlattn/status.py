@@ -1,0 +1,101 @@
+"""What a run is doing right now: a small file that its driver keeps, and `rlattn status`, which reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rlattn.console import seconds, step_line
+from rlattn.tracking import read_metrics
+
+STATUS = "status.json"
+DONE = "done"
+
+
+@dataclass(frozen=True)
+class Status:
+    """Attributes:
+    step: that is being made, from 1; 0 while everything starts.
+    steps: of the run.
+    phase: of the step, see `rlattn.console.PHASES`; `done` after the last.
+    since: when it began, seconds since the epoch.
+    pid, host: of the driver.
+    """
+
+    step: int
+    steps: int
+    phase: str
+    since: float
+    pid: int
+    host: str
+
+
+def write_status(run_dir: Path, step: int, steps: int, phase: str) -> None:
+    """Say what begins now; readers never see half of it. A courtesy: a full disk is for others to complain about."""
+    status = Status(step, steps, phase, time.time(), os.getpid(), socket.gethostname())
+    temporary = run_dir / f".{STATUS}.tmp"
+    with suppress(OSError):
+        temporary.write_text(json.dumps(asdict(status)))
+        os.replace(temporary, run_dir / STATUS)
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """None where the run never wrote one."""
+    path = run_dir / STATUS
+    return Status(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def alive(status: Status) -> bool | None:
+    """Whether the driver still runs; None where it is on another host."""
+    if status.host != socket.gethostname():
+        return None
+    try:
+        os.kill(status.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def describe(run_dir: Path) -> list[str]:
+    """Lines about the run in a folder: what it does, its last step, its engines, its newest checkpoint."""
+    status, lines = read_status(run_dir), read_metrics(run_dir)
+    shown = [_doing(status)]
+    done = [line for line in lines if "timing_s/step" in line]
+    if done:
+        last = done[-1]
+        shown.append("last step  " + step_line(last["step"], status.steps if status else last["step"], last))
+        engines = {k.rpartition("/")[2]: v for k, v in last.items() if k.startswith("perf/tokens_per_second/")}
+        if engines:
+            lost = f"; {last['rollout/engines_lost']:.0f} lost so far" if "rollout/engines_lost" in last else ""
+            shown.append("sampled    " + ", ".join(f"{k} {v:,.0f} tok/s" for k, v in engines.items()) + lost)
+    accuracy = [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
+    if accuracy:
+        shown.append("accuracy   " + ", ".join(f"{value:.1%} at step {step}" for step, value in accuracy[-4:]))
+    saved = sorted(run_dir.glob("checkpoints/step-*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if saved:
+        age = seconds(time.time() - saved[-1].stat().st_mtime)
+        shown.append(f"checkpoint {saved[-1].parent.name}, {age} ago")
+    return shown
+
+
+def _doing(status: Status | None) -> str:
+    if status is None:
+        return "the run has not begun a step yet"
+    if status.phase == DONE:
+        return f"done: all {status.steps} steps"
+    where = f"step {status.step} of {status.steps}, {status.phase} for {seconds(time.time() - status.since)}"
+    driver = f"driver {status.pid} on {status.host}"
+    match alive(status):
+        case True:
+            return f"running: {where} ({driver})"
+        case False:
+            return f"not running: ended at {where.rpartition(' for ')[0]}; --resume goes on from the checkpoint"
+        case _:
+            return f"{where} ({driver}, which cannot be asked from here)"
