@@ -149,6 +149,8 @@ class Fleet:
         deadline = time.monotonic() + self.config.generate_timeout_s
         done: dict[int, Completion] = {}
         while left:
+            if not self.members:  # shut down from another thread
+                raise ActorError("generating: the pool is shut down")
             self._deal(waiting)
             for member in self.members:
                 self._call(member, sampling, min(patience_s, FEEDING_S) if waiting else patience_s)

@@ -235,7 +235,12 @@ def start(
         with VerifierPool() as verifiers:
             functions = RewardPool(config.rewards) if config.rewards.functions else None
             parts = config, task, rollout, policy, verifiers, benchmarks, functions
-            yield PPOTrainer(*parts, critic=critic) if critic else GRPOTrainer(*parts)
+            trainer = PPOTrainer(*parts, critic=critic) if critic else GRPOTrainer(*parts)
+            try:
+                yield trainer
+            finally:
+                rollout.shutdown()
+                trainer.close()
     finally:
         ray.shutdown()
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from rlattn.rollout.pool import RolloutPool
 from rlattn.signals import HeadGroups, signal_metrics
 from rlattn.tasks import Task
 from rlattn.timing import PhaseTimer
+from rlattn.trainers.ahead import Ahead
 from rlattn.trainers.policy import Policy
 from rlattn.trainers.reward_pool import RewardPool
 from rlattn.types import Rollouts, Scores
@@ -32,6 +33,9 @@ from rlattn.verifiers.pool import VerifierPool
 EVAL_SEED = 1_000_003  # added to the run's seed, so that no evaluation repeats a training step's draws
 
 REFILL_SEED = 2_000_003  # likewise, for the prompts of further draws: a step's own stay a function of its number
+
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -57,6 +61,7 @@ class Trainer(ABC):
         functions: RewardPool | None = None,
     ) -> None:
         self.functions = functions
+        self._ahead: Ahead[tuple[Rollouts, dict[str, float]]] = Ahead()
         self.tell: Callable[[int, str], None] = lambda step, phase: None  # who shows what is going on
         self.config, self.task, self.rollout, self.policy, self.verifiers = config, task, rollout, policy, verifiers
         self.asked = {"eval": task} | {  # what evaluation asks, by the prefix of its metrics
@@ -69,6 +74,10 @@ class Trainer(ABC):
     def timer(self, step: int) -> PhaseTimer:
         """A step's, which tells of each phase as it begins."""
         return PhaseTimer(lambda phase: self.tell(step, phase))
+
+    def close(self) -> None:
+        """End what goes on beside the step; the engines must have been shut down, so that it can end."""
+        self._ahead.close()
 
     @abstractmethod
     def step(self, step: int) -> tuple[dict[str, float], Batch]:
@@ -88,14 +97,26 @@ class Trainer(ABC):
         return self.policy.score(rollouts, groups)
 
     def publish(self, version: int) -> None:
-        """Give the engines what the policy is now."""
+        """Give the engines what the policy is now, once they have sampled what they were asked."""
+        self._ahead.wait()
         if self.config.policy.sends_adapters:
-            self.rollout.load_adapter(self.policy.adapter, version)
+            self.rollout.load_adapter(_kept(self.policy.adapter), version)
         else:
-            self.rollout.load_weights(self.policy.weights, version)
+            weights = self.policy.weights
+            self.rollout.load_weights(_kept(weights) if self.config.rollout.steps_ahead else weights, version)
 
     def sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:
-        """The step's completions with their rewards; with `algorithm.filter_groups`, of groups whose rewards differ."""
+        """The step's rewarded completions, and what to log of them; see `rollout.steps_ahead`."""
+        ahead = self.config.rollout.steps_ahead
+        with timer("generate"):
+            found = self._ahead.result() if ahead else None
+        rollouts, metrics = found if found else self._sample(step, timer)
+        if ahead and step + ahead < self.config.trainer.steps:
+            self._ahead.begin(lambda: self._sample(step + ahead, PhaseTimer()))
+        return rollouts, metrics | {"rollout/staleness": step - rollouts.policy_version.double().mean().item()}
+
+    def _sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:
+        """Completions with their rewards; with `algorithm.filter_groups`, of groups whose rewards differ."""
         config, filtering = self.config, self.config.algorithm.filter_groups
         failures: Counter[str] = Counter()
         most, generations = config.algorithm.max_num_gen_batches, config.rollout.num_generations
@@ -126,6 +147,7 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the test sets under the current weights; the same draws each time, so that steps compare."""
         trainer, timer = self.config.trainer, PhaseTimer()
+        self._ahead.wait()
 
         def generate(problems: list[Problem], samples: int) -> Rollouts:
             seed = self.config.seed + EVAL_SEED
@@ -159,3 +181,9 @@ class Trainer(ABC):
             whole |= part
         self.groups = scores.signals.groups.tolist()
         return whole
+
+
+def _kept(gather: Callable[[], T]) -> Callable[[], T]:
+    """What `gather` gives now, whenever it is asked for again: the policy may have learned since."""
+    found = gather()
+    return lambda: found

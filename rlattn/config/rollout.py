@@ -22,6 +22,9 @@ class RolloutConfig(Section):
     """Tokens; a longer prompt is an error, never cut."""
     max_completion_length: Positive = 1024
     """Tokens; a completion that reaches it is marked truncated."""
+    steps_ahead: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 samples and rewards the next step's batch while this one is learned, so by weights one update older; needs
+    `algorithm.vllm_importance_sampling_correction`. Pays where engines and policy have devices of their own."""
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     """Sampling temperature; log-probs are evaluated at the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -89,6 +89,11 @@ class RunConfig(Section):
             raise ValueError("rewards.verifier_weight=0 without rewards.functions leaves no reward; set one of them")
         if self.algorithm.name == "ppo":
             self._check_ppo()
+        if self.rollout.steps_ahead and not self.algorithm.vllm_importance_sampling_correction:
+            raise ValueError(
+                "rollout.steps_ahead=1 learns from completions of older weights, which needs "
+                "algorithm.vllm_importance_sampling_correction=true"
+            )
         if self.signals.source == "rollout":
             self._check_rollout_signals()
         if self.signals.forward == "train":

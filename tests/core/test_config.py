@@ -157,3 +157,10 @@ def test_signals_from_the_engines_leave_out_what_only_the_policy_gives(changes, 
     tree = changes | {"signals": {"source": "rollout"} | changes.get("signals", {})}
     with pytest.raises(ValueError, match=f"signals.source=rollout runs no scoring forward, which {named} needs"):
         RunConfig.model_validate(tree)
+
+
+def test_a_step_ahead_needs_the_correction():
+    with pytest.raises(ValueError, match=r"rollout\.steps_ahead=1 learns from completions of older weights"):
+        RunConfig.model_validate({"rollout": {"steps_ahead": 1}})
+    correction = {"vllm_importance_sampling_correction": True}
+    assert RunConfig.model_validate({"rollout": {"steps_ahead": 1}, "algorithm": correction}).rollout.steps_ahead == 1

@@ -180,6 +180,30 @@ def test_signals_from_the_engines_train_like_the_policys(tmp_path, cache):
         assert other[name] == pytest.approx(own[name], rel=1e-3, abs=1e-5), name
 
 
+def test_a_step_ahead_learns_from_weights_one_update_older(tmp_path, cache):
+    folder = tmp_path / "run"
+    small = [
+        "policy.ranks=1",
+        "policy.deepspeed={}",
+        "trainer.steps=4",
+        "trainer.eval_steps=4",
+        "policy.learning_rate=1e-3",
+    ]
+    ahead = ["rollout.steps_ahead=1", "algorithm.vllm_importance_sampling_correction=true", "trainer.trace_step=2"]
+    finish(command(folder, cache, *small, *ahead))
+    lines = read_metrics(folder)[1:]
+    assert [line["rollout/staleness"] for line in lines] == [0, 1, 1, 1]
+    differences = [line["sampling/sampling_logp_difference/max"] for line in lines]
+    assert differences[0] < 1e-3 < min(differences[1:])  # an update lies between engine and trainer
+    assert all("sampling/corrected_ratio_mean" in line for line in lines)
+    spans = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    (update,) = [span for span in spans if span["name"] == "update" and span["dur"] > 0 and span["tid"] == 0][:1]
+    sampled = [span for span in spans if span["name"] == "sampling"]
+    assert any(
+        span["ts"] < update["ts"] + update["dur"] for span in sampled
+    )  # the next batch, before this one is learned
+
+
 CALIBRATED = [  # the most that a run keeps: head groups of step 0, used by the training forward of steps 1 and 2
     "signals.heads.scope=calibrated",
     "signals.heads.refresh_steps=3",
