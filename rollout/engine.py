@@ -154,8 +154,8 @@ class Engine:
             version=self.version,
         )
 
-    def load_adapter(self, files: dict[str, bytes], version: int) -> None:
-        """Apply an adapter (PEFT's files by name) beside the weights, in place of the one before.
+    def load_adapter(self, files: dict[str, bytes], version: int) -> int:
+        """Apply an adapter (PEFT's files by name) beside the weights, in place of the one before; returns their bytes.
 
         Raises:
             RuntimeError: vLLM did not take it; until one is taken, the engine refuses to sample.
@@ -173,6 +173,7 @@ class Engine:
                 raise RuntimeError(f"vLLM did not load the adapter of version {version}")
         self.llm.reset_prefix_cache()
         self.adapter, self.version = adapter, version
+        return sum(map(len, files.values()))
 
     def measure(
         self,
@@ -210,11 +211,12 @@ class Engine:
         self.version = None
         self.llm.collective_rpc("rlattn_begin_weights")
 
-    def load_bucket(self, bucket: dict[str, Tensor]) -> None:
-        """Load some full, unsharded CPU tensors under their Hugging Face names."""
+    def load_bucket(self, bucket: dict[str, Tensor]) -> int:
+        """Load some full, unsharded CPU tensors under their Hugging Face names; returns their bytes."""
         # Bytes pass to workers of every kind: in this process, or in others when the engine spans GPUs.
         contiguous = {name: tensor.contiguous() for name, tensor in bucket.items()}
         self.llm.collective_rpc("rlattn_load_bucket", args=(save(contiguous),))
+        return sum(tensor.nbytes for tensor in contiguous.values())
 
     def finish_weights(self, version: int) -> None:
         """Close the update, drop keys and values of the old weights, and carry the new version."""

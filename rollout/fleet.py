@@ -79,7 +79,7 @@ class Fleet:
         """`make` starts a seat's actor, `note` tells the user of losses."""
         self.config, self._make, self._note = config, make, note
         self.members = [Member(seat) for seat in seats]
-        self.supply: Callable[[Member], None] | None = None
+        self.supply: Callable[[Member], object] | None = None
         self.lost = 0
         self._batch = 0
 
@@ -96,8 +96,8 @@ class Fleet:
         for member, info in zip(self.members, infos, strict=True):
             member.info = info
 
-    def everyone(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> None:
-        """Make the same call to every loaded engine and wait for all; one that is lost on the way is rebuilt later.
+    def everyone(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        """Every loaded engine's answer to the same call; one that is lost on the way gives none, and is rebuilt later.
 
         Raises:
             ActorError: one failed, or has been lost too often.
@@ -107,12 +107,14 @@ class Fleet:
         start = time.perf_counter()
         deadline = time.monotonic() + timeout_s
         calls = [(member, call(member.actor)) for member in self.members if member.info]
+        answers = []
         for member, ref in calls:
             try:
-                outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s)
+                answers.append(outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s))
                 trace.span(member.seat.name, phase, start)
             except ActorLost as error:
                 self._lose(member, error)
+        return answers
 
     def metrics(self) -> dict[str, float]:
         """`perf/tokens_per_second/<engine>` of the last batch's sampling, and `rollout/engines_lost` so far."""
@@ -123,9 +125,9 @@ class Fleet:
         }
         return speeds | {"rollout/engines_lost": float(self.lost)}
 
-    def one(self, member: Member, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> Any:
-        """The answer of one engine to a call; ActorLost or ActorError where it does not come."""
-        return outcome(call(member.actor), member.seat.name, phase, timeout_s, timeout_s)
+    def one(self, member: Member, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        """One engine's answer to a call; ActorLost or ActorError where it does not come."""
+        return [outcome(call(member.actor), member.seat.name, phase, timeout_s, timeout_s)]
 
     def run(
         self, units: Iterable[Unit], *, patience_s: float = HEARTBEAT_S, **sampling: Any

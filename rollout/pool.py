@@ -32,8 +32,8 @@ from rlattn.types import ExtraSignal, Rollouts, Scores
 
 STREAM_PATIENCE_S = 0.1  # how long what is finished may wait for more, where somebody saves it
 
-Tell = Callable[[str, float, Callable[[Any], ray.ObjectRef]], object]
-"""(phase, time-out in seconds, call): makes a call to one engine or to all, and waits for it."""
+Tell = Callable[[str, float, Callable[[Any], ray.ObjectRef]], list[Any]]
+"""(phase, time-out in seconds, call): makes a call to one engine or to all, and waits for their answers."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class RolloutPool:
         """
         self.config, self.tokenizer, self.version = config, tokenizer, version
         args, env = engine_args(config, model_path), engine_env(config)
+        self._sent = 0, 0.0  # bytes and seconds of the last transfer
         self.layers: list[int] = []  # that engines are asked about
         if config.signals.source == "rollout":
             shape = AutoConfig.from_pretrained(model_path)
@@ -202,12 +203,14 @@ class RolloutPool:
         """
         phase = f"loading weights {version}"
 
-        def send(tell: Tell) -> None:
+        def send(tell: Tell) -> int:
             deadline = time.monotonic() + self.config.rollout.weights_timeout_s
             tell(f"{phase} (begin)", _left(deadline), lambda e: e.begin_weights.remote())
+            sent = 0
             for index, bucket in enumerate(weights()):
-                tell(f"{phase} (bucket {index})", _left(deadline), partial(_load_bucket, bucket))
+                sent += sum(tell(f"{phase} (bucket {index})", _left(deadline), partial(_load_bucket, bucket)))
             tell(f"{phase} (finish)", _left(deadline), lambda e: e.finish_weights.remote(version))
+            return sent
 
         self._publish(send, version)
 
@@ -224,21 +227,27 @@ class RolloutPool:
         """
         timeout_s = self.config.rollout.weights_timeout_s
 
-        def send(tell: Tell) -> None:
+        def send(tell: Tell) -> int:
             files = adapter()
-            tell(f"loading adapter {version}", timeout_s, lambda e: e.load_adapter.remote(files, version))
+            phase = f"loading adapter {version}"
+            return sum(tell(phase, timeout_s, lambda e: e.load_adapter.remote(files, version)))
 
         self._publish(send, version)
 
-    def _publish(self, send: Callable[[Tell], None], version: int) -> None:
-        """Send to every engine, and again to each that is rebuilt from now on."""
-        send(self.fleet.everyone)
+    def _publish(self, send: Callable[[Tell], int], version: int) -> None:
+        """Send (which gives the bytes) to every engine, and again to each that is rebuilt from now on."""
+        start = time.perf_counter()
+        self._sent = send(self.fleet.everyone), time.perf_counter() - start
         self.version = version
         self.fleet.supply = lambda member: send(partial(self.fleet.one, member))
 
     def metrics(self) -> dict[str, float]:
-        """What the engines did in the last batch, see `Fleet.metrics`."""
-        return self.fleet.metrics()
+        """What the engines did in the last batch, see `Fleet.metrics`; of the last weights or adapter sent to them
+        `rollout/sent_mib`, over all engines, and `perf/sent_mib_per_second`, gathering and loading among it.
+        """
+        size, seconds = self._sent
+        sent = {"rollout/sent_mib": size / 2**20, "perf/sent_mib_per_second": size / 2**20 / seconds} if size else {}
+        return self.fleet.metrics() | sent
 
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
