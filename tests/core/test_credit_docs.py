@@ -23,7 +23,7 @@ def test_the_table_names_every_strategy():
 def test_the_options_and_their_defaults_are_the_configs():
     table = PAGE.partition("## Signals")[2].partition("\n\nThe paper's")[0]
     rows = re.findall(r"^\| (`signals\.[^|]*) \| ([^|]*) \|", table, re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 10
     for names, defaults in rows:
         first, *others = re.findall(r"`([\w.]+)`", names)
         for name, default in zip([first, *(f"signals.{o}" for o in others)], defaults.split(", "), strict=True):
