@@ -22,7 +22,7 @@ from rlattn.credit.selection import select
 from rlattn.types import ExtraSignal, Rollouts, Signals
 
 if TYPE_CHECKING:
-    from rlattn.kernels import AttentionStatistics
+    from rlattn.kernels import AttentionStatistics, StatisticsOptions
 
 AllReduce = Callable[[Tensor], object]
 
@@ -125,6 +125,23 @@ class ReducedSignals:
     columns: list[dict[str, Tensor]]
     means: HeadMeans
     groups: Tensor
+
+
+def statistics_options(signals: SignalsConfig) -> StatisticsOptions:
+    """What the settings have measured."""
+    from rlattn.kernels import StatisticsOptions
+
+    return StatisticsOptions(signals.waad_window, signals.fai_low, signals.fai_high, signals.sink_tokens)
+
+
+def receivers_of(signals: SignalsConfig) -> int | None:
+    """`receivers` of `SignalRows.collect`: H_lo, where heads are chosen by kurtosis."""
+    return signals.fai_low if signals.heads.select == "receiver" else None
+
+
+def group_tensor(groups: HeadGroups | None) -> Tensor | None:
+    """[L, H] int8."""
+    return None if groups is None else torch.tensor(groups, dtype=torch.int8)
 
 
 def reusable_groups(heads: HeadsConfig, step: int, previous: HeadGroups | None) -> HeadGroups | None:

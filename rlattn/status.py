@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlattn.console import seconds, step_line
-from rlattn.tracking import read_metrics
+from rlattn.tracking import TrackingError, read_metrics, write_atomically
 
 STATUS = "status.json"
 DONE = "done"
@@ -19,12 +19,15 @@ DONE = "done"
 
 @dataclass(frozen=True)
 class Status:
-    """Attributes:
-    step: that is being made, from 1; 0 while everything starts.
-    steps: of the run.
-    phase: of the step, see `rlattn.console.PHASES`; `done` after the last.
-    since: when it began, seconds since the epoch.
-    pid, host: of the driver.
+    """What a driver said last.
+
+    Attributes:
+        step: that is being made, from 1.
+        steps: of the run.
+        phase: of the step, see `rlattn.console.PHASES`; `done` after the last.
+        since: when it began, seconds since the epoch.
+        pid: of the driver.
+        host: of the driver.
     """
 
     step: int
@@ -38,10 +41,8 @@ class Status:
 def write_status(run_dir: Path, step: int, steps: int, phase: str) -> None:
     """Say what begins now; readers never see half of it. A courtesy: a full disk is for others to complain about."""
     status = Status(step, steps, phase, time.time(), os.getpid(), socket.gethostname())
-    temporary = run_dir / f".{STATUS}.tmp"
-    with suppress(OSError):
-        temporary.write_text(json.dumps(asdict(status)))
-        os.replace(temporary, run_dir / STATUS)
+    with suppress(TrackingError):
+        write_atomically(run_dir / STATUS, json.dumps(asdict(status)).encode(), durable=False)
 
 
 def read_status(run_dir: Path) -> Status | None:
@@ -73,8 +74,8 @@ def describe(run_dir: Path) -> list[str]:
         shown.append("last step  " + step_line(last["step"], status.steps if status else last["step"], last))
         engines = {k.rpartition("/")[2]: v for k, v in last.items() if k.startswith("perf/tokens_per_second/")}
         if engines:
-            lost = f"; {last['rollout/engines_lost']:.0f} lost so far" if "rollout/engines_lost" in last else ""
-            shown.append("sampled    " + ", ".join(f"{k} {v:,.0f} tok/s" for k, v in engines.items()) + lost)
+            speeds = ", ".join(f"{name} {speed:,.0f} tok/s" for name, speed in engines.items())
+            shown.append(f"sampled    {speeds}; {last['rollout/engines_lost']:.0f} lost so far")
     accuracy = [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
     if accuracy:
         shown.append("accuracy   " + ", ".join(f"{value:.1%} at step {step}" for step, value in accuracy[-4:]))
@@ -90,12 +91,13 @@ def _doing(status: Status | None) -> str:
         return "the run has not begun a step yet"
     if status.phase == DONE:
         return f"done: all {status.steps} steps"
-    where = f"step {status.step} of {status.steps}, {status.phase} for {seconds(time.time() - status.since)}"
+    place = f"step {status.step} of {status.steps}, {status.phase}"
+    where = f"{place} for {seconds(time.time() - status.since)}"
     driver = f"driver {status.pid} on {status.host}"
     match alive(status):
         case True:
             return f"running: {where} ({driver})"
         case False:
-            return f"not running: ended at {where.rpartition(' for ')[0]}; --resume goes on from the checkpoint"
+            return f"not running: ended at {place}; --resume goes on from the checkpoint"
         case _:
             return f"{where} ({driver}, which cannot be asked from here)"

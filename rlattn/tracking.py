@@ -166,8 +166,10 @@ def read_completions(run_dir: Path) -> list[dict[str, Any]]:
     return [line for _, line in _lines(Path(run_dir) / COMPLETIONS)]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace a file's content, or leave it as it was: readers never see a half-written one.
+
+    Unless `durable`, a power cut may lose both.
 
     Raises:
         TrackingError: it could not be written (disk full, no permission).
@@ -177,7 +179,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         with one_line(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -47,6 +47,7 @@ def attention_statistics(
         RuntimeError: vLLM did not show every row of a sequence.
     """
     config = llm.llm_engine.vllm_config
+    limit = config.model_config.max_model_len - 1
     starts = [0] * len(token_ids) if response_starts is None else list(response_starts)
     if config.parallel_config.worker_extension_cls != EXTENSION:
         raise ValueError(f"this LLM cannot be listened to; make it with LLM(..., worker_extension_cls={EXTENSION!r})")
@@ -55,8 +56,7 @@ def attention_statistics(
     if len(starts) != len(token_ids):
         raise ValueError(f"{len(starts)} response_starts for {len(token_ids)} sequences; give one each")
     for place, (ids, start) in enumerate(zip(token_ids, starts, strict=True)):
-        if not 1 <= len(ids) < config.model_config.max_model_len:
-            limit = config.model_config.max_model_len - 1
+        if not 1 <= len(ids) <= limit:
             raise ValueError(f"sequence {place} has {len(ids)} tokens; accepted are 1 to {limit} (max_model_len - 1)")
         if not 0 <= start <= len(ids):
             raise ValueError(f"response_starts[{place}]={start} must lie in 0..{len(ids)}")
@@ -69,7 +69,10 @@ def attention_statistics(
     for longer in (0, 1):
         missing = [place for place in range(len(token_ids)) if place not in found]
         if missing:
-            found |= _prefill(llm, {i: list(token_ids[i]) for i in missing}, starts, list(layers), settings, longer)
+            spare = {i: min(longer, limit - len(token_ids[i])) for i in missing}
+            prompts = {i: [*token_ids[i], *[token_ids[i][-1]] * spare[i]] for i in missing}
+            wanted = {i: (len(token_ids[i]), starts[i]) for i in missing}
+            found |= _prefill(llm, prompts, wanted, list(layers), settings)
     if len(found) < len(token_ids):
         missing = [place for place in range(len(token_ids)) if place not in found]
         raise RuntimeError(f"vLLM did not show every row of sequences {missing}")
@@ -78,25 +81,21 @@ def attention_statistics(
 
 def _prefill(
     llm: LLM,
-    sequences: dict[int, list[int]],
-    starts: Sequence[int],
+    prompts: dict[int, list[int]],
+    wanted: dict[int, tuple[int, int]],
     layers: list[int],
     options: dict[str, object],
-    longer: int,
 ) -> dict[int, dict[int, AttentionStatistics]]:
-    """Statistics by place, of those sequences all of whose rows were heard."""
+    """Statistics by place, of those sequences all of whose rows were heard; `wanted` is (tokens, response start)."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, detokenize=False)
-    names = {f"rlattn{place}": place for place in sequences}
-    wanted = {name: [len(sequences[place]), starts[place]] for name, place in names.items()}
-    limit = llm.llm_engine.vllm_config.model_config.max_model_len - 1
-    llm.collective_rpc("rlattn_open_capture", args=(layers, options, wanted))
+    names = {f"rlattn{place}": place for place in prompts}
+    bounds = {name: list(wanted[place]) for name, place in names.items()}
+    llm.collective_rpc("rlattn_open_capture", args=(layers, options, bounds))
     try:
         for name, place in names.items():
-            ids = sequences[place]
-            padded = ids + ids[-1:] * min(longer, limit - len(ids))
-            llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=padded), params)
+            llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompts[place]), params)
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
     except BaseException:

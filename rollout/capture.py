@@ -109,8 +109,8 @@ class Listener:
         layer = self.layers[index]
         q, k = (torch.cat(parts)[:tokens] for parts in (heard.queries, heard.keys))  # [N, Hq, D], [N, Hkv, D]
         return attention_statistics(
-            q.unflatten(1, (layer.num_heads, -1)) if q.dim() == 2 else q,
-            k.unflatten(1, (layer.num_kv_heads, -1)) if k.dim() == 2 else k,
+            q,
+            k,
             [0, tokens],
             [response_start],
             scale=layer.impl.scale,

@@ -111,7 +111,7 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
     """
     names = {ref: name for name, ref in calls.items()}
     start, deadline = time.perf_counter(), time.monotonic() + timeout_s
-    pending = list(names)
+    pending, answers = list(names), {}
     while pending:
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -119,7 +119,7 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
             raise ActorLost(f"{phase}: no answer from {silent} within {timeout_s:g} s")
         trace.span(names[ready[0]], phase, start)
         try:
-            outcome(ready[0], names[ready[0]], phase, FETCH_S)
+            answers[ready[0]] = outcome(ready[0], names[ready[0]], phase, FETCH_S)
         except ActorLost:
             raise
         except ActorError:
@@ -132,7 +132,7 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
                 except ActorError:
                     continue
             raise
-    return [outcome(ref, name, phase, FETCH_S) for name, ref in calls.items()]
+    return [answers[ref] for ref in calls.values()]
 
 
 def outcome(ref: ray.ObjectRef, name: str, phase: str, left_s: float, timeout_s: float | None = None) -> Any:

@@ -12,16 +12,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from rlattn import trace
 from rlattn.config import RolloutConfig
-from rlattn.rollout.cluster import ActorError, ActorLost, collect, outcome
+from rlattn.rollout.cluster import FETCH_S, ActorError, ActorLost, collect, outcome
 from rlattn.rollout.engine import HEARTBEAT_S, Completion, EngineInfo, Request
 from rlattn.rollout.placement import Seat
 
+T = TypeVar("T")
 Unit = Sequence[tuple[int, Request]]
 """Numbered requests that stay together: a problem's, so that its prompt is in one engine's prefix cache."""
 LONGEST_BACKOFF_S = 30.0
@@ -102,11 +103,20 @@ class Fleet:
         Raises:
             ActorError: one failed, or has been lost too often.
         """
-        if not self.members:
-            raise ActorError(f"{phase}: the pool is shut down")
-        start = time.perf_counter()
-        deadline = time.monotonic() + timeout_s
+        self._check_open(phase)
         calls = [(member, call(member.actor)) for member in self.members if member.info]
+        return self.each(phase, timeout_s, calls, all_needed=False)
+
+    def each(
+        self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]], *, all_needed: bool = True
+    ) -> list[Any]:
+        """The answers of some members to calls that run side by side.
+
+        Raises:
+            ActorLost: one was lost, and `all_needed`.
+            ActorError: one failed, or has been lost too often.
+        """
+        start, deadline = time.perf_counter(), time.monotonic() + timeout_s
         answers = []
         for member, ref in calls:
             try:
@@ -114,6 +124,8 @@ class Fleet:
                 trace.span(member.seat.name, phase, start)
             except ActorLost as error:
                 self._lose(member, error)
+                if all_needed:
+                    raise
         return answers
 
     def metrics(self) -> dict[str, float]:
@@ -140,8 +152,7 @@ class Fleet:
             ActorError: an engine failed, was lost more than `rollout.max_restarts` times in a row, or the batch is not
                 done within `rollout.generate_timeout_s`.
         """
-        if not self.members:
-            raise ActorError("generating: the pool is shut down")
+        self._check_open("generating")
         waiting = deque(dict(unit) for unit in units)
         left = total = sum(map(len, waiting))
         self._batch += 1
@@ -151,62 +162,38 @@ class Fleet:
         deadline = time.monotonic() + self.config.generate_timeout_s
         done: dict[int, Completion] = {}
         while left:
-            if not self.members:  # shut down from another thread
-                raise ActorError("generating: the pool is shut down")
+            self._check_open("generating")  # another thread may shut it down
             self._deal(waiting)
             for member in self.members:
                 self._call(member, sampling, min(patience_s, FEEDING_S) if waiting else patience_s)
             if done:
                 yield done
                 done = {}
-            found = self._next(deadline, f"generating: {left} of {total} completions are missing")
-            if found is None:
-                continue
-            member, answer = found
-            try:
-                done = self._answered(member, answer)
-            except ActorLost as error:
-                waiting.extendleft(reversed(self._lose(member, error)))
-                continue
+            done, unfinished = self._wait(deadline, f"generating: {left} of {total} completions are missing")
+            waiting.extendleft(reversed(unfinished))
             left -= len(done)
         yield done
         for member in self.members:
             member.losses = 0
 
-    def whole(self) -> list[Member]:
-        """Every member, once those that were lost are back.
+    def insist(self, work: Callable[[], T]) -> T:
+        """The result of `work` on the whole fleet: done again whenever an engine is lost, once that one is back.
 
         Raises:
             ActorError: one was lost too often.
         """
-        while any(member.info is None for member in self.members):
+        while True:
+            while any(member.info is None for member in self.members):
+                for member in self.members:
+                    self._call(member, {}, 0.0)
+                self._wait(inf, "")
+            try:
+                result = work()
+            except ActorLost:
+                continue
             for member in self.members:
-                self._call(member, {}, 0.0)
-            found = self._next(inf, "")
-            try:
-                if found:
-                    self._answered(*found)
-            except ActorLost as error:
-                assert found
-                self._lose(found[0], error)
-        return self.members
-
-    def each(self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]]) -> list[Any]:
-        """The answers of some members to calls that run side by side.
-
-        Raises:
-            ActorLost: one was lost, and is rebuilt with the next batch.
-            ActorError: one failed, or was lost too often.
-        """
-        deadline = time.monotonic() + timeout_s
-        answers = []
-        for member, ref in calls:
-            try:
-                answers.append(outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s))
-            except ActorLost as error:
-                self._lose(member, error)
-                raise
-        return answers
+                member.losses = 0
+            return result
 
     def shutdown(self) -> None:
         """End every actor; safe to call twice."""
@@ -214,6 +201,10 @@ class Fleet:
             if member.actor is not None:
                 ray.kill(member.actor)
         self.members = []
+
+    def _check_open(self, phase: str) -> None:
+        if not self.members:
+            raise ActorError(f"{phase}: the pool is shut down")
 
     def _deal(self, waiting: deque[dict[int, Request]]) -> None:
         """Give units to the loaded engine with least to do, as long as one has room; a lone engine has room for all."""
@@ -239,6 +230,17 @@ class Fleet:
             new, member.unsent = member.unsent, []
             member.call = member.actor.advance.remote(self._batch, new, patience_s=patience_s, **sampling)
             member.due = now + self.config.silence_timeout_s
+
+    def _wait(self, deadline: float, missing: str) -> tuple[dict[int, Completion], list[dict[int, Request]]]:
+        """What the next member has finished, and what one left unfinished that was lost; often nothing."""
+        found = self._next(deadline, missing)
+        if found is None:
+            return {}, []
+        member, answer = found
+        try:
+            return self._answered(member, answer), []
+        except ActorLost as error:
+            return {}, self._lose(member, error)
 
     def _next(self, deadline: float, missing: str) -> tuple[Member, Any] | None:
         """Who answers next (it, the call) or is overdue (it, an ActorLost); None where one may be started again."""
@@ -268,14 +270,14 @@ class Fleet:
             raise answer
         member.call = None
         if member.info is None:
-            info = outcome(answer, member.seat.name, "starting engines", 60.0)
+            info = outcome(answer, member.seat.name, "starting engines", FETCH_S)
             if self.supply:
                 self.supply(member)
             member.info = info
             trace.span(member.seat.name, "starting", member.began)
             self._note(f"{member.seat.name} is back")
             return {}
-        done: dict[int, Completion] = outcome(answer, member.seat.name, "generating", 60.0)
+        done: dict[int, Completion] = outcome(answer, member.seat.name, "generating", FETCH_S)
         trace.span(member.seat.name, "sampling", member.began)
         member.busy_s += time.perf_counter() - member.began
         member.tokens += sum(len(completion.token_ids) for completion in done.values())

@@ -185,7 +185,8 @@ class RolloutPool:
         Raises:
             ActorError: as `generate`; an engine that is lost is rebuilt, and everything measured again.
         """
-        signals = score_signals(self.fleet, self.config, self.layers, rollouts, groups, extra)
+        asked = partial(score_signals, self.fleet, self.config, self.layers, rollouts, groups, extra)
+        signals = self.fleet.insist(asked)
         return Scores(rollouts.sampled_logps, torch.zeros_like(rollouts.sampled_logps), signals)
 
     def load_weights(self, weights: Callable[[], Iterable[ray.ObjectRef]], version: int) -> None:

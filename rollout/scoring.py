@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from rlattn.config import RunConfig
-from rlattn.kernels import StatisticsOptions
-from rlattn.rollout.cluster import ActorLost
-from rlattn.rollout.fleet import Fleet, Member
-from rlattn.signals import HeadGroups, HeadSums, groups_of, pool_heads
-from rlattn.types import ExtraSignal, Rollouts, Signals, token_indices
+from rlattn.packing import plan, restore
+from rlattn.rollout.fleet import Fleet
+from rlattn.signals import (
+    HeadGroups,
+    HeadSums,
+    group_tensor,
+    groups_of,
+    pool_heads,
+    receivers_of,
+    statistics_options,
+)
+from rlattn.types import ExtraSignal, Rollouts, Signals
 
 
 def score_signals(
@@ -28,52 +34,31 @@ def score_signals(
 ) -> Signals:
     """Signals of a batch, each sequence measured by one engine; see `RolloutPool.score`.
 
-    Spans are pooled over the engines before heads are grouped, as over the policy's ranks. An engine that is lost on
-    the way is rebuilt, and everything measured again.
+    Spans are pooled over the engines before heads are grouped, as over the policy's ranks.
+
+    Raises:
+        ActorLost: an engine was lost; those that are left know nothing of the batch.
     """
-    while True:
-        members = fleet.whole()
-        try:
-            signals = _measure(fleet, members, config, layers, rollouts, groups, extra)
-        except ActorLost:
-            continue
-        for member in members:
-            member.losses = 0
-        return signals
-
-
-def _measure(
-    fleet: Fleet,
-    members: Sequence[Member],
-    config: RunConfig,
-    layers: list[int],
-    rollouts: Rollouts,
-    groups: HeadGroups | None,
-    extra: Sequence[ExtraSignal],
-) -> Signals:
-    settings, timeout_s = config.signals, config.rollout.generate_timeout_s
-    options = StatisticsOptions(settings.waad_window, settings.fai_low, settings.fai_high, settings.sink_tokens)
-    receivers = settings.fai_low if settings.heads.select == "receiver" else None
+    heads, timeout_s = config.signals.heads, config.rollout.generate_timeout_s
+    options = statistics_options(config.signals)
+    wanted = {"spans": groups is None, "receivers": receivers_of(config.signals)}
     lengths = rollouts.lengths.tolist()
     sequences = rollouts.token_ids.split(lengths)
-    work = list(zip(members, balanced(lengths, len(members)), strict=True))
-    work = [(member, share) for member, share in work if share]
+    layout = plan(lengths, min(len(fleet.members), len(lengths)), sum(lengths))
+    work = [(member, share) for member, (share,) in zip(fleet.members, layout, strict=False)]
     calls = []
     for member, share in work:
         ids, starts = [sequences[b].tolist() for b in share], rollouts.prompt_lengths[share].tolist()
-        ref = member.actor.measure.remote(ids, starts, layers, options, spans=groups is None, receivers=receivers)
+        ref = member.actor.measure.remote(ids, starts, layers, options, **wanted)
         calls.append((member, ref))
     sums: list[HeadSums] = fleet.each("measuring attention", timeout_s, calls)
     means = pool_heads(sums)
-    known = None if groups is None else torch.tensor(groups, dtype=torch.int8)  # [L, H]
-    chosen = groups_of(means, settings.heads, known)
-    calls = [(member, member.actor.reduce.remote(settings.heads, chosen, tuple(extra))) for member, _ in work]
+    chosen = groups_of(means, heads, group_tensor(groups))
+    calls = [(member, member.actor.reduce.remote(heads, chosen, tuple(extra))) for member, _ in work]
     parts: list[dict[str, Tensor]] = fleet.each("reducing attention", timeout_s, calls)
-    columns = {name: torch.zeros(len(rollouts.token_ids)) for name in ("waad", "fai", *extra)}  # [T] each
-    for (_, share), part in zip(work, parts, strict=True):
-        places = token_indices(rollouts.cu_seqlens, share)
-        for name, values in part.items():  # [t] each
-            columns[name][places] = values
+    columns = {
+        name: restore(rollouts.cu_seqlens, layout, [[part[name]] for part in parts]) for name in ("waad", "fai", *extra)
+    }  # [T] each
     return Signals(
         waad=columns["waad"],
         fai=columns["fai"],
@@ -84,14 +69,3 @@ def _measure(
         groups=chosen,
         extra={name: columns[name] for name in extra},
     )
-
-
-def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Places in `lengths` dealt into parts of like sums: the longest first, each to the part with least."""
-    bins: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        least = loads.index(min(loads))
-        bins[least].append(place)
-        loads[least] += lengths[place]
-    return bins

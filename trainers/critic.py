@@ -13,15 +13,14 @@ from ray.util.placement_group import PlacementGroup
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
-from rlattn import losses
+from rlattn import losses, packing
 from rlattn.config import ConfigError, ModelConfig, RunConfig
 from rlattn.kernels import register
 from rlattn.losses.value import value_loss
+from rlattn.packing import MicroBatch
 from rlattn.rollout.placement import Plan
-from rlattn.trainers import packing
 from rlattn.trainers.group import RankGroup, update_metrics
 from rlattn.trainers.norms import fuse_norms
-from rlattn.trainers.packing import MicroBatch
 from rlattn.trainers.rank import Rank
 from rlattn.trainers.worker import spread
 from rlattn.types import Rollouts

@@ -12,10 +12,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from rlattn import packing
 from rlattn.config import RunConfig
 from rlattn.rollout.cluster import collect
 from rlattn.rollout.placement import Seat
-from rlattn.trainers import packing
 from rlattn.trainers.rank import Rank
 from rlattn.types import Rollouts
 

@@ -16,8 +16,17 @@ from torch.nn.functional import pad
 from rlattn import credit
 from rlattn.config import CreditConfig, SignalsConfig
 from rlattn.credit import PackedResponses
-from rlattn.kernels import Capture, FlowMap, FlowOptions, PaddedCapture, Padding, StatisticsOptions
-from rlattn.signals import AllReduce, HeadGroups, SignalRows, packed_metrics, reduce_signals
+from rlattn.kernels import Capture, FlowMap, FlowOptions, PaddedCapture, Padding
+from rlattn.signals import (
+    AllReduce,
+    HeadGroups,
+    SignalRows,
+    group_tensor,
+    packed_metrics,
+    receivers_of,
+    reduce_signals,
+    statistics_options,
+)
 from rlattn.types import ExtraSignal, Signals
 
 
@@ -67,10 +76,8 @@ class Listener:
         def forward(**inputs: Any) -> Any:
             padding = Padding.of(inputs["attention_mask"], inputs["labels"] != -100)
             flow = self._flow_map(padding) if "flow" in self.extra else None
-            options = StatisticsOptions(
-                self.signals.waad_window, self.signals.fai_low, self.signals.fai_high, self.signals.sink_tokens
-            )
             spans = self.groups is None
+            options = statistics_options(self.signals)
             capture = Capture(self.layers, options, padding.response_starts, spans=spans, flow=flow)
             outputs = model(**inputs, capture=PaddedCapture(capture, padding))
             if missing := sorted(set(self.layers) - set(capture.statistics)):
@@ -86,7 +93,7 @@ class Listener:
                 padding.cu_seqlens,
                 padding.response_starts,
                 spans=spans,
-                receivers=self.signals.fai_low if self.signals.heads.select == "receiver" else None,
+                receivers=receivers_of(self.signals),
                 flow=None if flow is None else flow.flow,
             )
             self.heard.append(Heard(padding, columns, rows))
@@ -123,7 +130,7 @@ class Listener:
         heard, sequences = self.heard, sum(h.padding.shape[0] for h in self.heard)
         if sequences != len(advantages):
             raise ValueError(f"the forwards held {sequences} sequences; credit is wanted for {len(advantages)}")
-        groups = None if self.groups is None else torch.tensor(self.groups, dtype=torch.int8)
+        groups = group_tensor(self.groups)
         reduced = reduce_signals(
             [h.rows for h in heard], self.signals.heads, groups=groups, extra=self.extra, all_reduce=all_reduce
         )

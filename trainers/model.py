@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from rlattn.config import ConfigError, ModelConfig, SignalsConfig
 from rlattn.kernels import Capture, capture_layers, register
+from rlattn.packing import MicroBatch
 from rlattn.trainers.head import response_logps
 from rlattn.trainers.norms import fuse_norms
-from rlattn.trainers.packing import MicroBatch
 
 
 class PolicyModel(nn.Module):

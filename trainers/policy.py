@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ray
-import torch
 from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
-from rlattn import credit, losses
+from rlattn import credit, losses, packing
 from rlattn.config import RunConfig
 from rlattn.rollout.placement import Plan
-from rlattn.signals import HeadGroups
-from rlattn.trainers import packing
+from rlattn.signals import HeadGroups, group_tensor
 from rlattn.trainers.group import RankGroup, update_metrics
 from rlattn.trainers.worker import PolicyWorker, ShardScores
 from rlattn.types import Rollouts, Scores, Signals
@@ -45,7 +43,7 @@ class Policy(RankGroup):
         """Old log-probs, entropy and attention signals of a batch, from one forward; `groups` None measures them."""
         layout = self.plan(rollouts)
         shards = packing.cut(rollouts, layout, self.config.policy.logits_chunk_tokens)
-        given = _tensor(groups)
+        given = group_tensor(groups)
         results: list[ShardScores] = self.each("score", shards, lambda rank, shard: rank.score.remote(shard, given))
         return self._restore(rollouts, layout, results)[0]
 
@@ -75,7 +73,7 @@ class Policy(RankGroup):
         layout, shards = self.cut(
             rollouts, everything, self._loss_columns(rollouts, everything, {"advantages": spread})
         )
-        given = _tensor(groups)
+        given = group_tensor(groups)
         results = self.each("update", shards, lambda rank, shard: rank.train.remote(shard, given, step))
         scores, columns = self._restore(rollouts, layout, [own for own, _ in results])
         gamma = columns["gamma"]
@@ -124,7 +122,3 @@ class Policy(RankGroup):
             extra={name: columns[name] for name in self.extra},
         )
         return Scores(columns["logps"], columns["entropy"], signals, columns.get("reference_logps")), columns
-
-
-def _tensor(groups: HeadGroups | None) -> Tensor | None:
-    return None if groups is None else torch.tensor(groups, dtype=torch.int8)  # [L, H]

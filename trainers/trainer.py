@@ -109,7 +109,7 @@ class Trainer(ABC):
         """The step's rewarded completions, and what to log of them; see `rollout.steps_ahead`."""
         ahead = self.config.rollout.steps_ahead
         with timer("generate"):
-            found = self._ahead.result() if ahead else None
+            found = self._ahead.result()
         rollouts, metrics = found if found else self._sample(step, timer)
         if ahead and step + ahead < self.config.trainer.steps:
             self._ahead.begin(lambda: self._sample(step + ahead, PhaseTimer()))

@@ -16,13 +16,22 @@ from torch import Tensor
 
 from rlattn import credit
 from rlattn.config import RunConfig
-from rlattn.kernels import Capture, FlowMap, FlowOptions, StatisticsOptions
+from rlattn.kernels import Capture, FlowMap, FlowOptions
 from rlattn.losses.inputs import LossInputs
 from rlattn.losses.token import micro_batch_loss
-from rlattn.signals import HeadMeans, SignalRows, groups_of, pool_heads, reduce_rows, reduce_signals
+from rlattn.packing import MicroBatch
+from rlattn.signals import (
+    HeadMeans,
+    SignalRows,
+    groups_of,
+    pool_heads,
+    receivers_of,
+    reduce_rows,
+    reduce_signals,
+    statistics_options,
+)
 from rlattn.trainers.lora import adapted
 from rlattn.trainers.model import PolicyModel, captured_layers, load_model
-from rlattn.trainers.packing import MicroBatch
 from rlattn.trainers.rank import Rank
 from rlattn.types import ExtraSignal
 
@@ -64,9 +73,9 @@ class PolicyWorker(Rank):
         model = PolicyModel(self.lm, self.config.rollout.temperature, learn_entropy=self.bonus)
         self.engine = self.trained(model, policy.learning_rate)
         self.restore(checkpoint)
-        self.options = StatisticsOptions(signals.waad_window, signals.fai_low, signals.fai_high, signals.sink_tokens)
+        self.options = statistics_options(signals)
         self.layers = captured_layers(signals, self.lm.config)
-        self.receivers = signals.fai_low if signals.heads.select == "receiver" else None
+        self.receivers = receivers_of(signals)
         self.reference = None
         if self.config.needs_reference and not self.adapters:
             reference = load_model(self.config.model, reference_path)

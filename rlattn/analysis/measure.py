@@ -17,10 +17,19 @@ from transformers import PreTrainedModel
 
 from rlattn.analysis.config import AnalysisConfig
 from rlattn.analysis.responses import Response
-from rlattn.config import HeadsConfig, SignalsConfig
-from rlattn.kernels import Capture, StatisticsOptions, register
+from rlattn.config import HeadsConfig
+from rlattn.kernels import Capture, register
 from rlattn.logprobs import token_logps
-from rlattn.signals import GLOBAL, HeadSums, SignalRows, group_mean, head_groups, pool_heads, reduce_signals
+from rlattn.signals import (
+    GLOBAL,
+    HeadSums,
+    SignalRows,
+    group_mean,
+    head_groups,
+    pool_heads,
+    reduce_signals,
+    statistics_options,
+)
 
 LOGITS_AT_ONCE = 1024  # tokens whose logits exist at one time
 
@@ -125,11 +134,6 @@ def pack_places(responses: Sequence[Response], places: list[int]) -> Packed:
     return Packed(places, torch.tensor([t for r in chosen for t in r.ids]), cu_seqlens, starts)
 
 
-def options_of(signals: SignalsConfig) -> StatisticsOptions:
-    """What is measured, from the settings."""
-    return StatisticsOptions(signals.waad_window, signals.fai_low, signals.fai_high, signals.sink_tokens)
-
-
 @torch.inference_mode()
 def hidden_states(model: PreTrainedModel, batch: Packed, capture: Capture | None = None) -> Tensor:
     """[T, d], the last layer's output for a packed batch."""
@@ -156,7 +160,7 @@ def measure(
     batches = pack(responses, config.tokens_per_batch)
     rows, entropy = [], [np.empty(0, np.float32) for _ in responses]
     for batch in batches:
-        capture = Capture(layers, options_of(config.signals), batch.response_starts)
+        capture = Capture(layers, statistics_options(config.signals), batch.response_starts)
         hidden = hidden_states(model, batch, capture)
         own_rows = SignalRows.collect(
             capture.statistics,

@@ -19,14 +19,16 @@ from rlattn.config.task import TaskConfig
 from rlattn.config.trainer import RayConfig, TrainerConfig
 
 FREE = (
-    *("output_dir", "ray.", "trainer.save_", "trainer.best_metric", "trainer.greater_is_better"),
-    *(
-        "trainer.report_to",
-        "trainer.log_completions",
-        "trainer.max_restarts",
-        "rollout.max_restarts",
-        "trainer.trace_step",
-    ),
+    "output_dir",
+    "ray.",
+    "rollout.max_restarts",
+    "trainer.best_metric",
+    "trainer.greater_is_better",
+    "trainer.log_completions",
+    "trainer.max_restarts",
+    "trainer.report_to",
+    "trainer.save_",
+    "trainer.trace_step",
 )
 """Beginnings of keys that shape nothing of a run's result."""
 

@@ -12,18 +12,9 @@ from rollout_tiny import run_config, save_model
 
 from rlattn.problem import Problem
 from rlattn.rollout.placement import plan
-from rlattn.rollout.scoring import balanced
 from tests.make import policy_of
 
 PROBLEMS = [Problem(f"p{i}", prompt, None) for i, prompt in enumerate(["what is 3+4?", "a", "make 24 from 3, 8, 1, 1"])]
-
-
-def test_shares_are_balanced_and_have_every_sequence_once() -> None:
-    lengths = [7, 1, 5, 5, 2, 4]
-    shares = balanced(lengths, 2)
-    assert sorted(place for share in shares for place in share) == list(range(6))
-    assert [sum(lengths[place] for place in share) for share in shares] == [12, 12]
-    assert balanced([3], 2) == [[0], []]
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_adapters_are_served_resumed_and_exported_while_groups_are_filtered(tmp_
         full = line["filter_groups/draws"] < 3  # no draw was missing: every group of the batch differs
         assert line["frac_reward_zero_std"] == 0 or not full
     assert any(line["filter_groups/draws"] > 1 for line in lines[1:])  # the first batch was not enough, once at least
-    assert lines[2]["eval/accuracy"] == lines[2]["eval/accuracy"]
+    assert 0 <= lines[2]["eval/accuracy"] <= 1
     finish([*args, "--resume-from", "1"])
     again = read_metrics(folder)
     assert again[2]["sampling/sampling_logp_difference/max"] < 1e-3
@@ -197,11 +197,11 @@ def test_a_step_ahead_learns_from_weights_one_update_older(tmp_path, cache):
     assert differences[0] < 1e-3 < min(differences[1:])  # an update lies between engine and trainer
     assert all("sampling/corrected_ratio_mean" in line for line in lines)
     spans = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
-    (update,) = [span for span in spans if span["name"] == "update" and span["dur"] > 0 and span["tid"] == 0][:1]
-    sampled = [span for span in spans if span["name"] == "sampling"]
+    ends = {span["name"]: span["ts"] + span["dur"] for span in spans}
+    sampled = [span["ts"] for span in spans if span["name"] == "sampling"]
     assert any(
-        span["ts"] < update["ts"] + update["dur"] for span in sampled
-    )  # the next batch, before this one is learned
+        ends["generate"] <= begun < ends["update"] for begun in sampled
+    )  # the next batch, as this one is learned
 
 
 CALIBRATED = [  # the most that a run keeps: head groups of step 0, used by the training forward of steps 1 and 2

@@ -8,10 +8,10 @@ from transformers import AutoModelForTokenClassification
 from rlattn import credit
 from rlattn.config import CreditConfig, RunConfig
 from rlattn.losses.value import value_loss
+from rlattn.packing import cut
 from rlattn.rollout.cluster import reserve, start_ray
 from rlattn.rollout.placement import plan
 from rlattn.trainers.critic import Critic, CriticModel, load_critic
-from rlattn.trainers.packing import cut
 from rlattn.trainers.ppo import token_rewards
 from rlattn.types import Scores, Signals
 from tests.make import make_rollouts

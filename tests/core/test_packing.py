@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlattn.trainers import packing
+from rlattn import packing
 from rlattn.types import token_indices
 from tests.make import make_rollouts
 
@@ -61,3 +61,10 @@ def test_cut_and_restore_are_inverse():
             assert micro.position_ids[micro.cu_seqlens[:-1]].tolist() == [0] * len(indices)
     for micros in zip(*shards, strict=True):  # every rank computes log-probs in equally many chunks
         assert len({micro.chunks for micro in micros}) == 1
+
+
+def test_one_micro_batch_a_rank_shares_a_batch_evenly():
+    lengths = [7, 1, 5, 5, 2, 4]
+    shares = [share for (share,) in packing.plan(lengths, 2, sum(lengths))]
+    assert sorted(place for share in shares for place in share) == list(range(6))
+    assert [sum(lengths[place] for place in share) for share in shares] == [12, 12]
