@@ -12,9 +12,9 @@ from rlattn import trace
 class PhaseTimer:
     """`with timer("generate"): ...` adds up wall-clock seconds by phase."""
 
-    def __init__(self, begin: Callable[[str], None] = lambda phase: None) -> None:
-        """`begin` is told of each phase as it begins."""
-        self._begin = begin
+    def __init__(self, begin: Callable[[str], None] = lambda phase: None, row: str = trace.DRIVER) -> None:
+        """`begin` is told of each phase as it begins; a trace shows them in `row`."""
+        self._begin, self._row = begin, row
         self.phases: dict[str, float] = {}
         self.start = time.perf_counter()
 
@@ -24,7 +24,7 @@ class PhaseTimer:
         self._begin(phase)
         start = time.perf_counter()
         yield
-        trace.span(trace.DRIVER, phase, start)
+        trace.span(self._row, phase, start)
         self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self, tokens: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DRIVER = "driver"
+DRIVER, AHEAD = "driver", "driver, a step ahead"
 
 
 class Trace:

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from rlattn import answers, metrics, rewards
+from rlattn import answers, metrics, rewards, trace
 from rlattn.config import RunConfig
 from rlattn.data import PromptSchedule
 from rlattn.dynamic_sampling import fill
@@ -112,7 +112,7 @@ class Trainer(ABC):
             found = self._ahead.result()
         rollouts, metrics = found if found else self._sample(step, timer)
         if ahead and step + ahead < self.config.trainer.steps:
-            self._ahead.begin(lambda: self._sample(step + ahead, PhaseTimer()))
+            self._ahead.begin(lambda: self._sample(step + ahead, PhaseTimer(row=trace.AHEAD)))
         return rollouts, metrics | {"rollout/staleness": step - rollouts.policy_version.double().mean().item()}
 
     def _sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:

@@ -196,12 +196,12 @@ def test_a_step_ahead_learns_from_weights_one_update_older(tmp_path, cache):
     differences = [line["sampling/sampling_logp_difference/max"] for line in lines]
     assert differences[0] < 1e-3 < min(differences[1:])  # an update lies between engine and trainer
     assert all("sampling/corrected_ratio_mean" in line for line in lines)
-    spans = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
-    ends = {span["name"]: span["ts"] + span["dur"] for span in spans}
-    sampled = [span["ts"] for span in spans if span["name"] == "sampling"]
-    assert any(
-        ends["generate"] <= begun < ends["update"] for begun in sampled
-    )  # the next batch, as this one is learned
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    spans = {(event["tid"], event["name"]): event for event in events if event["ph"] == "X"}
+    taken, learned = (spans[rows["driver"], phase] for phase in ("generate", "update"))
+    ahead = spans[rows["driver, a step ahead"], "generate"]  # the next batch, as this one is learned
+    assert taken["ts"] + taken["dur"] <= ahead["ts"] < learned["ts"] + learned["dur"]
 
 
 CALIBRATED = [  # the most that a run keeps: head groups of step 0, used by the training forward of steps 1 and 2
