@@ -123,6 +123,7 @@ def ours(model: str, shape: str, cases: list[str], device: str, write, zero: dic
                 | ({"data_types": {"grad_accum_dtype": "bf16"}} if shape == "4b" else {}),
             },
             "trainer": {"prompts_per_step": 1},
+            "ray": {"placement": "colocate"},
         }
     )
     layout = plan(config)

@@ -1,4 +1,4 @@
-"""The command line: `rlattn train|eval|analyze|study|warmup|report|export`.
+"""The command line: `rlattn train|eval|analyze|study|submit|...`.
 
 Heavy imports happen in the command that needs them.
 """
@@ -17,11 +17,14 @@ from rlattn.analysis.arguments import add_arguments as add_analyze_arguments
 from rlattn.checkpoint_choice import add_choice, step_number
 from rlattn.config import ConfigError, RunConfig, load_config
 from rlattn.evaluation.arguments import add_arguments as add_eval_arguments
+from rlattn.stopping import EXIT_CODE, Stopped
 from rlattn.study.arguments import add_arguments as add_study_arguments
+from rlattn.submission.arguments import add_address, add_job, add_submit
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 on bad input, 1 on a failure while running, 130 when interrupted."""
+    """Run a command; 0 on success, 2 on bad input, 1 on a failure while running, 130 when interrupted, 143 when asked
+    to stop by SIGTERM; `submit` and `logs` give the job's."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)  # argparse takes overrides on one side of an option only
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
@@ -30,8 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        args.command(args)
-        return 0
+        return args.command(args) or 0
+    except Stopped as stopped:
+        print(f"rlattn: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except ConfigError as error:
         print(f"rlattn: {error}", file=sys.stderr)
         return 2
@@ -114,6 +119,34 @@ def status(args: argparse.Namespace) -> None:
     print("\n".join(describe(_run_dir(args.run_dir))))
 
 
+def submit(args: argparse.Namespace) -> int:
+    """`rlattn submit CONFIG`."""
+    from rlattn.trainers.submit import submit as run
+
+    return run(args)
+
+
+def jobs(args: argparse.Namespace) -> None:
+    """`rlattn jobs`."""
+    from rlattn.trainers.submit import jobs as run
+
+    run(args)
+
+
+def logs(args: argparse.Namespace) -> int:
+    """`rlattn logs JOB`."""
+    from rlattn.trainers.submit import logs as run
+
+    return run(args)
+
+
+def stop(args: argparse.Namespace) -> int:
+    """`rlattn stop JOB`."""
+    from rlattn.trainers.submit import stop as run
+
+    return run(args)
+
+
 def export(args: argparse.Namespace) -> None:
     """`rlattn export RUN_DIR OUT`."""
     from rlattn.trainers.checkpoint import newest
@@ -144,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rlattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=run)
         return command
@@ -153,15 +186,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", help="a YAML file, or the name of a shipped config such as `quickstart`")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as credit.name=uniform seed=1")
 
+    def add_again(command: argparse.ArgumentParser) -> None:
+        again = command.add_mutually_exclusive_group()
+        again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+        again.add_argument(
+            "--resume-from", type=step_number, metavar="STEP", help="go on from step-STEP; newer are dropped"
+        )
+        again.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
+
     command = add("train", train, "Train a policy with RL.")
     add_config(command)
     command.add_argument("--dry-run", action="store_true", help="print config, placement and memory; start nothing")
-    again = command.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    again.add_argument(
-        "--resume-from", type=step_number, metavar="STEP", help="go on from step-STEP; newer are dropped"
-    )
-    again.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
+    add_again(command)
     add_eval_arguments(add("eval", evaluate, "Evaluate a model on reasoning benchmarks."))
     add_analyze_arguments(add("analyze", analyze, "Analyse a model's attention on a task's responses."))
     add_study_arguments(add("study", study, "Compare arms over seeds: table with intervals and learning curves."))
@@ -170,6 +206,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path)
     command = add("status", status, "What a run is doing: step, phase, engines, newest checkpoint.")
     command.add_argument("run_dir", type=Path)
+    command = add("submit", submit, "Train on a Ray cluster: ship config and code, follow the log.")
+    add_config(command)
+    add_again(command)
+    add_submit(command)
+    add_address(add("jobs", jobs, "The runs on a cluster."))
+    add_job(add("logs", logs, "A submitted run's log, followed to its end."))
+    command = add("stop", stop, "End a submitted run after its step, with a checkpoint.")
+    add_job(command)
+    command.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="longest wait (default: 1800)")
     command = add("export", export, "Copy a checkpoint's Hugging Face model: the newest's unless told.")
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)

@@ -14,7 +14,7 @@ from rlattn.console import seconds, step_line
 from rlattn.tracking import TrackingError, read_metrics, write_atomically
 
 STATUS = "status.json"
-DONE = "done"
+DONE, STOPPED = "done", "stopped"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Status:
     Attributes:
         step: that is being made, from 1.
         steps: of the run.
-        phase: of the step, see `rlattn.console.PHASES`; `done` after the last.
+        phase: of the step, see `rlattn.console.PHASES`; `done` after the last, `stopped` where one was asked to be it.
         since: when it began, seconds since the epoch.
         pid: of the driver.
         host: of the driver.
@@ -91,6 +91,8 @@ def _doing(status: Status | None) -> str:
         return "the run has not begun a step yet"
     if status.phase == DONE:
         return f"done: all {status.steps} steps"
+    if status.phase == STOPPED:
+        return f"stopped after step {status.step} of {status.steps}, as asked; --resume goes on from there"
     place = f"step {status.step} of {status.steps}, {status.phase}"
     where = f"{place} for {seconds(time.time() - status.since)}"
     driver = f"driver {status.pid} on {status.host}"

@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.text import Text
 
 from rlattn import trace
 from rlattn.config import ConfigError, RunConfig
+from rlattn.rollout.fit import Node, NoRoom, fit
 from rlattn.rollout.placement import Plan, on_gpu
 
 CAUSE_S = 5.0  # how long after a failed call another actor's death may become known
 FETCH_S = 60.0  # longest wait for a result that is there already: only the copy
+FIRST_NOTE_S, NOTE_S = 5.0, 30.0  # when the user is told of a wait for room, and how often then
+SHARED_S = 120.0  # longest wait for nodes to look at shared paths; a worker is started for it
 CAUSE_LINES = 12  # of a failed actor's own error that are shown
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # without GPUs: weights of small models and rollouts; larger objects spill to disk
 
@@ -77,27 +82,81 @@ def local_cpus(config: RunConfig, plan: Plan) -> int:
     return num_cpus
 
 
-def reserve(config: RunConfig, plan: Plan) -> PlacementGroup:
-    """Reserve the plan's bundles, waiting at most `ray.placement_timeout_s`.
+def reserve(config: RunConfig, plan: Plan, note: Callable[[str], None] = lambda text: None) -> PlacementGroup:
+    """Reserve the plan's bundles, waiting at most `ray.placement_timeout_s`; `note` tells the user of the wait.
 
     Raises:
-        ActorError: says what is asked and what the cluster has.
+        ActorError: says what is asked, what the cluster has, and what is short.
     """
-    group = placement_group([dict(bundle) for bundle in plan.bundles], strategy="PACK")
-    total = ray.cluster_resources()
+    group = placement_group(
+        [dict(bundle) for bundle in plan.bundles], strategy="PACK", bundle_label_selector=plan.selectors
+    )
     # A local Ray never grows, so there is nothing to wait for.
-    hopeless = config.ray.address is None and (plan.cpus > total.get("CPU", 0) or plan.gpus > total.get("GPU", 0))
-    timeout = config.ray.placement_timeout_s
-    if hopeless or not group.wait(timeout):
-        remove_placement_group(group)
-        free = ray.available_resources()
-        has = ", ".join(f"{total.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
-        waited = "" if hopeless else f" after {timeout:g} s"
-        raise ActorError(
-            f"no room for the run's actors{waited}: they ask for {plan.cpus} CPUs and {plan.gpus:g} GPUs in bundles "
-            f"{plan.bundles}; the cluster has {has}"
-        )
+    timeout = 0.0 if config.ray.address is None and _short(plan) else config.ray.placement_timeout_s
+    start, pause = time.monotonic(), FIRST_NOTE_S
+    while not group.wait(max(0.0, min(pause, start + timeout - time.monotonic()))):
+        waited = time.monotonic() - start
+        if waited >= timeout:
+            remove_placement_group(group)
+            raise ActorError(
+                f"no room for the run's actors{f' after {timeout:g} s' if timeout else ''}: they ask for {plan.cpus} "
+                f"CPUs and {plan.gpus:g} GPUs in bundles {plan.bundles}; the cluster has {_has()}{_short(plan)}"
+            )
+        note(f"waiting for room, {waited:.0f} of {timeout:g} s: the cluster has {_has()}{_short(plan)}")
+        pause = NOTE_S
     return group
+
+
+def nodes() -> list[Node]:
+    """The living nodes of the cluster."""
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]
+    ]
+
+
+def check_shared(group: PlacementGroup, paths: Mapping[str, Path]) -> None:
+    """Make sure that every node of the run sees what lies under `paths`, by the setting that names each.
+
+    Raises:
+        ConfigError: one does not; names the node and the path.
+    """
+    probes = {setting: path for setting, path in paths.items() if path.exists()}
+    first = {node: bundle for bundle, node in ray.util.placement_group_table(group)["bundles_to_node_id"].items()}
+    here = ray.get_runtime_context().get_node_id()
+    look = ray.remote(_unseen)
+    calls = {
+        f"node {node[:8]}": look.options(
+            num_cpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        ).remote({setting: str(path.absolute()) for setting, path in probes.items()})
+        for node, bundle in first.items()
+        if node != here
+    }
+    wrong = [line for lines in collect(calls, phase="looking at shared paths", timeout_s=SHARED_S) for line in lines]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def _unseen(paths: dict[str, str]) -> list[str]:
+    address = ray.util.get_node_ip_address()
+    return [
+        f"`{setting}` = {path!r} is not there on node {address}; put it on storage that all nodes share"
+        for setting, path in paths.items()
+        if not os.path.exists(path)
+    ]
+
+
+def _has() -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(f"{total.get(kind, 0):g} {kind}s ({free.get(kind, 0):g} free)" for kind in ("CPU", "GPU"))
+
+
+def _short(plan: Plan) -> str:
+    """What an empty cluster would lack; nothing where others use what is there."""
+    try:
+        fit(plan, nodes())
+    except NoRoom as error:
+        return f"; {error}"
+    return ""
 
 
 def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -> list[Any]:

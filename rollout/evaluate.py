@@ -18,7 +18,7 @@ from rlattn.evaluation.config import Benchmark, EvalConfig, load_benchmarks
 from rlattn.evaluation.records import Record, RecordFile, Sample, samples_path
 from rlattn.evaluation.results import BenchmarkResult, summarise
 from rlattn.problem import Problem
-from rlattn.rollout.cluster import ActorError, reserve, start_ray
+from rlattn.rollout.cluster import ActorError, check_shared, reserve, start_ray
 from rlattn.rollout.engine import Completion
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.model import ModelSource, open_model
@@ -195,7 +195,8 @@ def start(run: RunConfig, source: ModelSource, console: Console) -> Iterator[Rol
         logs = start_ray(run, layout)
     console.note(f"logs of Ray and of the engines: {logs}")
     try:
-        group = reserve(run, layout)
+        group = reserve(run, layout, console.note)
+        check_shared(group, {"model": Path(source.path)})
         with console.phase("loading vLLM"):
             pool = RolloutPool(run, source.path, source.tokenizer, plan=layout, group=group)
         yield pool

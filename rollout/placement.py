@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rlattn.config import ConfigError, RunConfig
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One actor's place: its bundle of the placement group and what it reserves there."""
+    """One actor's place: its bundle of the placement group, what it reserves there, and which node labels it needs."""
 
     name: str
     bundle: int
     cpus: int
     gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class Plan:
         return bundles
 
     @property
+    def selectors(self) -> list[dict[str, str]]:
+        """Labels of the nodes that each bundle may be on."""
+        selectors: list[dict[str, str]] = [{} for _ in self.bundles]
+        for seat in self.seats:
+            selectors[seat.bundle].update(seat.labels)
+        return selectors
+
+    def actors(self, bundle: int) -> list[str]:
+        """Who sits there."""
+        return [seat.name for seat in self.seats if seat.bundle == bundle]
+
+    @property
     def cpus(self) -> int:
         """Logical CPUs that the run reserves."""
         return sum(seat.cpus for seat in self.seats)
@@ -67,10 +81,10 @@ def plan(config: RunConfig, *, policy: bool = True) -> Plan:
     """Seats for every policy rank and engine; without `policy`, for the engines alone.
 
     Each actor has a bundle of its own, except that critic rank i joins policy rank i where both fit on its GPU (on CPUs
-    always), and that with a part of that GPU left engine i joins too and takes the rest.
+    always), and that with `ray.placement=colocate` engine i joins too and takes what is left of that GPU.
 
     Raises:
-        ConfigError: an engine of several GPUs cannot share one.
+        ConfigError: ranks and engines cannot share GPUs as the config says.
     """
     ranks = config.policy.ranks if policy else 0
     engines, width = config.rollout.num_engines, config.rollout.tensor_parallel_size
@@ -80,27 +94,43 @@ def plan(config: RunConfig, *, policy: bool = True) -> Plan:
     own = share if own is None else own
     together = share + own <= 1
     taken = share + own * bool(critics) * together  # of the first rank's GPU
-    colocated = policy and 0 < taken < 1
-    if colocated and width > 1:
-        raise ConfigError(
-            f"`policy.gpus_per_rank` = {share} shares a GPU with an engine, which needs rollout.tensor_parallel_size=1 "
-            f"and has {width}; set one of the two to 1"
-        )
+    colocated = policy and config.ray.placement == "colocate"
+    if policy and on_gpu(config):
+        _check_sharing(colocated, taken, width)
     if not on_gpu(config) and width > 1:
         raise ConfigError(
             f"`rollout.tensor_parallel_size` = {width} needs GPUs (policy.gpus_per_rank > 0); set it to 1"
         )
-    seated = tuple(Seat(f"policy rank {i}", i, config.policy.cpus_per_rank, share) for i in range(ranks))
-    beside = tuple(
-        Seat(f"critic rank {i}", i if together else ranks + i, config.policy.cpus_per_rank, own) for i in range(critics)
-    )
+    cpus, labels = config.policy.cpus_per_rank, config.ray.policy_labels
+    seated = tuple(Seat(f"policy rank {i}", i, cpus, share, labels) for i in range(ranks))
+    beside = tuple(Seat(f"critic rank {i}", i if together else ranks + i, cpus, own, labels) for i in range(critics))
     before = ranks if together else ranks + critics
     shared = min(ranks, engines) if colocated else 0
     seats = []
     for i in range(engines):
-        gpus = 1 - taken if i < shared else float(width) if on_gpu(config) else 0.0
-        seats.append(Seat(f"engine {i}", i if i < shared else before + i - shared, 1, gpus))
+        gpus = 0.0 if not on_gpu(config) else 1 - taken if i < shared else float(width)
+        bundle = i if i < shared else before + i - shared
+        seats.append(Seat(f"engine {i}", bundle, 1, gpus, config.ray.rollout_labels))
     return Plan(seated, tuple(seats), beside)
+
+
+def _check_sharing(colocated: bool, taken: float, width: int) -> None:
+    """`taken` is what the first rank, and a critic beside it, take of a GPU; `width` the GPUs of an engine."""
+    if colocated and width > 1:
+        raise ConfigError(
+            f"`ray.placement` = 'colocate' shares a GPU with an engine, which needs rollout.tensor_parallel_size=1 and "
+            f"has {width}; set it to 1, or ray.placement to separate"
+        )
+    if colocated and taken >= 1:
+        raise ConfigError(
+            "`ray.placement` = 'colocate' leaves an engine nothing of a GPU whose rank (and critic) reserve all of it; "
+            "lower policy.gpus_per_rank, to 0.5 for example"
+        )
+    if not colocated and taken < 1:
+        raise ConfigError(
+            f"the policy's ranks reserve {taken:g} of a GPU each (policy.gpus_per_rank), and with "
+            "ray.placement=separate nobody has the rest; set it to 1, or ray.placement to colocate"
+        )
 
 
 def describe(plan: Plan) -> list[str]:

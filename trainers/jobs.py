@@ -1,7 +1,8 @@
-"""A study's runs as Ray jobs. They outlive the study's process: the same study, called again, follows them."""
+"""Ray's job server, bounded: every call has a time-out and a clear error; and a study's runs as its jobs."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import uuid
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
 
 from rlattn.config import ConfigError
+from rlattn.rollout.fit import Node
 from rlattn.study.config import LaunchConfig, Run
 from rlattn.study.runner import TAIL_LINES, Ended
 
@@ -24,28 +27,82 @@ T = TypeVar("T")
 
 
 class JobServerError(RuntimeError):
-    """The cluster's job server does not answer; jobs already there go on."""
+    """The cluster's job server does not answer, or refuses; jobs already there go on."""
+
+
+class JobServer:
+    """The job server at an address such as `http://head:8265`; None means what RAY_API_SERVER_ADDRESS says.
+
+    The token that a cluster asks for is Ray's to find: in RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, or
+    `~/.ray/auth_token`.
+
+    Raises:
+        ConfigError: none is there, or it lets nobody in without a token; `setting` is who named the address.
+    """
+
+    def __init__(self, address: str | None, setting: str) -> None:
+        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        self._side = ThreadPoolExecutor(1, thread_name_prefix="job-server")
+        if not self.address:
+            raise ConfigError(f"no cluster named; give {setting} (http://head:8265) or set RAY_API_SERVER_ADDRESS")
+        try:
+            self.client = self.ask(JobSubmissionClient, self.address)
+        except (ConnectionError, RuntimeError, RayError) as error:  # not there, another version, no token for it
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if "auth" in reason.lower():
+                reason += "; the cluster's token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+            raise ConfigError(f"{setting} = {self.address!r}: no Ray job server to use: {reason}") from None
+
+    def ask(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The answer to a call of the client's.
+
+        Raises:
+            JobServerError: none within `CALL_TIMEOUT_S`.
+        """
+        try:
+            return self._side.submit(call, *args, **kwargs).result(CALL_TIMEOUT_S)
+        except TimeoutError:
+            raise JobServerError(f"no answer from Ray's job server within {CALL_TIMEOUT_S} s; jobs go on") from None
+
+    def jobs(self) -> list[JobDetails]:
+        """Every job that the server knows."""
+        return self.ask(self.client.list_jobs)
+
+    def job(self, name: str) -> JobDetails:
+        """One of them.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        found = {job.submission_id: job for job in self.jobs() if job.submission_id}
+        if name not in found:
+            raise ConfigError(f"{self.address} knows no job {name!r}; there are: {', '.join(found) or 'none'}")
+        return found[name]
+
+    def nodes(self) -> list[Node]:
+        """The cluster's living nodes."""
+        states = self.ask(list_nodes, address=self.address, limit=10_000, timeout=CALL_TIMEOUT_S)
+        return [Node(state.node_ip, state.resources_total, state.labels) for state in states if state.state == "ALIVE"]
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._side.shutdown(wait=False, cancel_futures=True)
 
 
 class Jobs:
-    """A launcher on the cluster's job server.
+    """A launcher of a study's runs as jobs. They outlive the study's process, which follows them when called again.
 
     Raises:
-        ConfigError: there is none at `launch.address`.
+        ConfigError: no job server at `launch.address`.
     """
 
     def __init__(self, launch: LaunchConfig) -> None:
         self._launch = launch
         self.at_once = launch.at_once
-        self._side = ThreadPoolExecutor(1, thread_name_prefix="job-server")
-        try:
-            self._client = self._ask(JobSubmissionClient, launch.address)
-        except (ConnectionError, RuntimeError, RayError) as error:  # not there, another version, no token for it
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"`launch.address` = {launch.address!r}: no Ray job server to use: {reason}") from None
+        self._server = JobServer(launch.address, "`launch.address`")
         self._jobs = {
             job.metadata[RUN]: job.submission_id
-            for job in self._ask(self._client.list_jobs)
+            for job in self._server.jobs()
             if job.metadata and RUN in job.metadata and job.submission_id and not job.status.is_terminal()
         }
 
@@ -55,8 +112,8 @@ class Jobs:
         if key in self._jobs:
             return
         command = shlex.join([self._launch.python, "-P", "-m", "rlattn.cli", *run.arguments()])
-        self._jobs[key] = self._ask(
-            self._client.submit_job,
+        self._jobs[key] = self._server.ask(
+            self._server.client.submit_job,
             entrypoint=f"cd {shlex.quote(str(Path.cwd()))} && exec {command}",
             submission_id=f"{run.arm}-seed{run.seed}-{uuid.uuid4().hex[:8]}",
             metadata={RUN: key},
@@ -66,27 +123,21 @@ class Jobs:
     def poll(self, run: Run) -> Ended | None:
         """How a run ended, or None while its job waits or runs."""
         job = self._jobs[_key(run)]
-        status: JobStatus = self._ask(self._client.get_job_status, job)
+        status: JobStatus = self._server.ask(self._server.client.get_job_status, job)
         if not status.is_terminal():
             return None
         del self._jobs[_key(run)]
-        lines = self._ask(self._client.get_job_logs, job).splitlines()[-TAIL_LINES:]
+        lines = self._server.ask(self._server.client.get_job_logs, job).splitlines()[-TAIL_LINES:]
         return Ended(f"job {status.value.lower()}", f"the log of Ray job {job}", lines)
 
     def stop(self, run: Run) -> None:
         """Ask the server to stop a run's job."""
-        self._ask(self._client.stop_job, self._jobs[_key(run)])
+        self._server.ask(self._server.client.stop_job, self._jobs[_key(run)])
 
     def leave(self) -> str:
         """Jobs go on without this process."""
-        self._side.shutdown(wait=False, cancel_futures=True)
+        self._server.close()
         return f"{len(self._jobs)} Ray jobs go on; the same command follows them" if self._jobs else ""
-
-    def _ask(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        try:
-            return self._side.submit(call, *args, **kwargs).result(CALL_TIMEOUT_S)
-        except TimeoutError:
-            raise JobServerError(f"no answer from Ray's job server within {CALL_TIMEOUT_S} s; jobs go on") from None
 
 
 def _key(run: Run) -> str:

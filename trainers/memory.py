@@ -64,6 +64,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     policy, size = config.policy, 2 if config.model.dtype == "bfloat16" else 4
     stage = policy.deepspeed.get("zero_optimization", {}).get("stage", 0)
     ranks = policy.ranks
+    gradient = 2 if policy.deepspeed.get("data_types", {}).get("grad_accum_dtype") in ("bf16", "fp16") else 4
     optimizer = (12 if size == 2 else 8) * learned  # fp32 master weights only where the weights are not fp32
     tokens, layers, width = policy.tokens_per_micro_batch, shape.num_hidden_layers, shape.hidden_size
     kept = 2 if policy.gradient_checkpointing else 16 + 3 * shape.intermediate_size / width
@@ -74,7 +75,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
     trained = {
         "weights": size * parameters / (ranks if stage == 3 else 1),
-        "gradients": 4 * learned / (ranks if stage >= 2 else 1),
+        "gradients": gradient * learned / (ranks if stage >= 2 else 1),
         "optimizer": optimizer / (ranks if stage >= 1 else 1),
         "activations": tokens * width * layers * kept * size,
     }

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 import torch.distributed as dist
@@ -53,6 +54,12 @@ class Rank:
         self.device = torch.device("cuda" if policy.gpus_per_rank else "cpu")
         torch.set_num_threads(policy.cpus_per_rank)
         os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.world)}
+        # Of a node's networks the one that Ray uses is known to reach the others; left alone, gloo takes that of the
+        # host name, which may be the loopback, and NCCL the first that it finds.
+        interface = interface_of(ray.util.get_node_ip_address())
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         dist.init_process_group(
             "nccl" if policy.gpus_per_rank else "gloo",
             init_method=endpoint,
@@ -217,3 +224,10 @@ def deepspeed_config(policy: PolicyConfig, dtype: str) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps what is offloaded too
     }
     return defaults | policy.deepspeed | owned
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that carries `address`; None where it cannot be told, as for the loopback."""
+    if address.startswith("127."):
+        return None
+    return next((name for name, own in psutil.net_if_addrs().items() if address in {a.address for a in own}), None)

@@ -20,11 +20,12 @@ from rlattn.data import check_same, fingerprint
 from rlattn.metrics import completion_records
 from rlattn.report import write_report
 from rlattn.reward_functions import load_function
-from rlattn.rollout.cluster import ActorLost, local_cpus, reserve, start_ray
+from rlattn.rollout.cluster import ActorLost, check_shared, local_cpus, reserve, start_ray
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.placement import plan
 from rlattn.rollout.pool import RolloutPool, encode_prompts
-from rlattn.status import DONE, STATUS, write_status
+from rlattn.status import DONE, STATUS, STOPPED, write_status
+from rlattn.stopping import Stopped, stoppable
 from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
 from rlattn.trainers.checkpoint import Best, Checkpoints
@@ -153,6 +154,9 @@ def loop(
     """Steps from the checkpoint's (or 0) to the last; each logs a line, some evaluate, some are saved.
 
     `data` is the training problems' fingerprint.
+
+    Raises:
+        Stopped: asked to by SIGTERM, after the step that was going on and its checkpoint.
     """
 
     def write(folder: Path) -> None:
@@ -171,7 +175,8 @@ def loop(
     if not checkpoint and config.trainer.eval_steps:
         with console.phase("evaluating the starting model"):
             tracker.log(0, trainer.evaluate())
-    for step in range(first, last):
+
+    def one(step: int, stopping: Callable[[], bool]) -> None:
         done = step + 1
         with trace.recording(config.output_dir / TRACE if done == config.trainer.trace_step else None):
             metrics, batch = trainer.step(step)
@@ -185,10 +190,20 @@ def loop(
         tracker.log(done, metrics)
         console.step(done, last, metrics)
         best = better(config.trainer, done, metrics, checkpoints.best()) if evaluating else None
-        if best or done == last or _due(done, config.trainer.save_steps, last):
+        stop = stopping() and done < last
+        if best or stop or done == last or _due(done, config.trainer.save_steps, last):
             trainer.tell(step, "save")
             state = {"head_groups": trainer.groups, "sharding": sharding(config.policy), "data": data}
             checkpoints.save(done, state, write, best)
+        if stop:
+            trainer.tell(step, STOPPED)
+            raise Stopped(
+                f"stopped after step {done} of {last}, as asked; --resume goes on from checkpoint step-{done}"
+            )
+
+    with stoppable(console.note) as stopping:
+        for step in range(first, last):
+            one(step, stopping)
 
 
 @contextmanager
@@ -208,7 +223,8 @@ def start(
         logs = start_ray(config, layout)
         console.note(f"logs of Ray and of the actors: {logs}")
     try:
-        group = reserve(config, layout)
+        group = reserve(config, layout, console.note)
+        check_shared(group, {"output_dir": config.output_dir, "model.path": Path(reference_path)})
         with (
             console.phase("loading vLLM and the policy"),
             loadable(checkpoint, config.policy) as source,

@@ -9,6 +9,7 @@ from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
 from rlattn.config.model import ModelConfig, WarmupConfig
 from rlattn.config.policy import OWNED_DEEPSPEED_KEYS, LoRAConfig, PolicyConfig
 from rlattn.config.ppo import PPOConfig
+from rlattn.config.ray import RayConfig
 from rlattn.config.read import describe, differences, load_config, override, read_tree, validate
 from rlattn.config.rewards import RewardFunctionConfig, RewardsConfig
 from rlattn.config.rollout import RolloutConfig
@@ -16,7 +17,7 @@ from rlattn.config.run import FREE, RunConfig
 from rlattn.config.section import ConfigError, Positive, Seconds, Section, Share
 from rlattn.config.signals import FlowConfig, HeadsConfig, SignalsConfig
 from rlattn.config.task import TaskConfig
-from rlattn.config.trainer import RayConfig, TrainerConfig
+from rlattn.config.trainer import TrainerConfig
 
 __all__ = [
     "FREE",

@@ -51,7 +51,7 @@ class PolicyConfig(Section):
     ranks: Positive = 1
     """Data-parallel ranks."""
     gpus_per_rank: Annotated[float, Field(ge=0, le=1)] = 1
-    """GPUs that Ray reserves for a rank; 0 runs on CPU, a fraction shares a GPU with an engine."""
+    """GPUs that Ray reserves for a rank; 0 runs on CPU, a fraction shares a GPU, see `ray.placement`."""
     cpus_per_rank: Positive = 1
     """CPU cores that Ray reserves for a rank, and its torch threads."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-6

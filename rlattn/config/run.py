@@ -11,12 +11,13 @@ from rlattn.config.algorithm import AlgorithmConfig, CreditConfig
 from rlattn.config.model import ModelConfig
 from rlattn.config.policy import PolicyConfig
 from rlattn.config.ppo import PPOConfig
+from rlattn.config.ray import RayConfig
 from rlattn.config.rewards import RewardsConfig
 from rlattn.config.rollout import RolloutConfig
 from rlattn.config.section import Section
 from rlattn.config.signals import SignalsConfig
 from rlattn.config.task import TaskConfig
-from rlattn.config.trainer import RayConfig, TrainerConfig
+from rlattn.config.trainer import TrainerConfig
 
 FREE = (
     "output_dir",

@@ -1,4 +1,4 @@
-"""The loop around the step, and where actors run."""
+"""The loop around the step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlattn.config.section import Positive, Seconds, Section
+from rlattn.config.section import Positive, Section
 from rlattn.config.task import TaskConfig
 
 
@@ -55,14 +55,3 @@ class TrainerConfig(Section):
         if self.best_metric and not self.eval_steps:
             raise ValueError(f"best_metric={self.best_metric!r} needs evaluations: eval_steps above 0")
         return self
-
-
-class RayConfig(Section):
-    """Where actors run."""
-
-    address: str | None = None
-    """A running cluster (`auto` or `ray://...`); None starts Ray on this machine."""
-    num_cpus: Positive | None = None
-    """Logical CPUs of a local Ray; None means as many as the run's actors reserve, or the machine's if more."""
-    placement_timeout_s: Seconds = 120
-    """Longest wait for the actors' resources."""

@@ -204,6 +204,7 @@ def judge_all(task: Task, pairs: Sequence[Pair], pool: VerifierPool) -> list[Ver
 def serve(descriptor: str, memory_mib: str) -> None:
     """The life of a worker process: a verifier and a batch in; None once that is loaded, then each verdict out."""
     _end_with_driver()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever sends it to all of a run's processes means the driver
     _bound_memory(int(memory_mib) * 2**20)
     connection = Connection(int(descriptor))
     loaded = None

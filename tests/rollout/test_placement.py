@@ -34,12 +34,16 @@ def test_gpu_plan_gives_an_engine_its_tensor_parallel_gpus() -> None:
     ],
 )
 def test_fraction_shares_a_gpu_rank_by_rank(ranks: int, engines: int, bundles: list[dict[str, float]]) -> None:
-    config = run_config(policy={"gpus_per_rank": 0.75, "ranks": ranks}, rollout={"num_engines": engines})
+    config = run_config(
+        policy={"gpus_per_rank": 0.75, "ranks": ranks}, rollout={"num_engines": engines}, ray={"placement": "colocate"}
+    )
     assert plan(config).bundles == bundles
 
 
 def test_description_names_every_actor_once() -> None:
-    config = run_config(policy={"gpus_per_rank": 0.5, "ranks": 2}, rollout={"num_engines": 2})
+    config = run_config(
+        policy={"gpus_per_rank": 0.5, "ranks": 2}, rollout={"num_engines": 2}, ray={"placement": "colocate"}
+    )
     assert describe(plan(config)) == [
         "placement: 2 bundles, 4 CPUs, 2 GPUs",
         "  bundle 0: policy rank 0 (1 CPU, 0.5 GPU) + engine 0 (1 CPU, 0.5 GPU)",
@@ -49,8 +53,34 @@ def test_description_names_every_actor_once() -> None:
 
 @pytest.mark.parametrize("gpus", [0, 0.5])
 def test_wide_engine_needs_whole_gpus(gpus: float) -> None:
+    ray = {"placement": "colocate"}
     with pytest.raises(ConfigError, match="tensor_parallel_size"):
-        plan(run_config(policy={"gpus_per_rank": gpus}, rollout={"tensor_parallel_size": 2}))
+        plan(run_config(policy={"gpus_per_rank": gpus}, rollout={"tensor_parallel_size": 2}, ray=ray))
+
+
+def test_placement_and_shares_must_agree() -> None:
+    with pytest.raises(ConfigError, match=r"reserve 0\.5 of a GPU .* ray\.placement to colocate"):
+        plan(run_config(policy={"gpus_per_rank": 0.5}))
+    with pytest.raises(ConfigError, match=r"leaves an engine nothing of a GPU .* lower policy\.gpus_per_rank"):
+        plan(run_config(policy={"gpus_per_rank": 1}, ray={"placement": "colocate"}))
+
+
+def test_colocated_on_cpus_shares_the_bundle_of_its_rank() -> None:
+    config = run_config(
+        policy={"gpus_per_rank": 0, "ranks": 2}, rollout={"num_engines": 3}, ray={"placement": "colocate"}
+    )
+    assert plan(config).bundles == [{"CPU": 2}, {"CPU": 2}, {"CPU": 1}]
+    assert plan(config).gpus == 0
+
+
+def test_labels_reach_the_bundles() -> None:
+    labels = {"policy_labels": {"accelerator": "H100"}, "rollout_labels": {"pool": "sampling"}}
+    apart = plan(run_config(policy={"gpus_per_rank": 0}, ray=labels))
+    assert apart.selectors == [{"accelerator": "H100"}, {"pool": "sampling"}]
+    together = plan(run_config(policy={"gpus_per_rank": 0}, ray=labels | {"placement": "colocate"}))
+    assert together.selectors == [{"accelerator": "H100", "pool": "sampling"}]
+    with pytest.raises(ValueError, match="policy_labels and rollout_labels differ in 'zone': 'a' and 'b'"):
+        run_config(ray={"placement": "colocate", "policy_labels": {"zone": "a"}, "rollout_labels": {"zone": "b"}})
 
 
 @pytest.mark.parametrize("key", [*OWNED_ENGINE_ARGS, "enable_chunked_prefill"])
@@ -113,6 +143,7 @@ def test_a_critic_joins_its_rank_where_both_fit(
         rollout={"num_engines": engines},
         algorithm={"name": "ppo"},
         ppo={"critic_gpus_per_rank": own},
+        ray={"placement": "colocate" if own else "separate"},
     )
     assert plan(config).bundles == bundles
     assert [seat.name for seat in plan(config).critic] == ["critic rank 0", "critic rank 1"]

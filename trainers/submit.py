@@ -1,0 +1,229 @@
+"""`rlattn submit`, `jobs`, `logs` and `stop`: runs as jobs of a Ray cluster, over its job server's HTTP interface."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import shlex
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+import yaml
+from aiohttp import ClientError
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
+from ray.job_submission import JobDetails, JobStatus
+
+from rlattn import __version__
+from rlattn.config import ConfigError
+from rlattn.console import Console, seconds
+from rlattn.evaluation.formats import grid
+from rlattn.rollout.engine_args import check_engine_args
+from rlattn.rollout.fit import describe_fit, fit
+from rlattn.rollout.placement import describe, plan
+from rlattn.stopping import EXIT_CODE
+from rlattn.submission.shipping import CONFIG, MIB, Shipment, prepare
+from rlattn.submission.wheel import build_wheel, unpack
+from rlattn.trainers.jobs import JobServer, JobServerError
+
+STOP_WAIT_S = 3600  # that a job has to end its step and save, once it was asked to stop
+SILENCE_S = 20.0  # of a log after which the job itself is asked whether it still runs
+AGAIN_S = 1.0  # between two tries to read a log
+TRIES = 60  # in a row
+CONFIG_OF, OUTPUT = "rlattn_config", "rlattn_output_dir"
+"""Metadata keys of a job."""
+NOISE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+(INFO|WARNING) \w+\.py:\d+ -- |(\x1b\[\d+m)?\(raylet\)"
+    r"|\s{4,}\[\d{4}-\d\d-\d\d |\s{4,}\(\d\) raylet "
+)
+"""Beginnings of what Ray itself says in a driver's log: of what dies, rlattn says what it means for the run."""
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Ship a config with this code and submit it; unless told otherwise follow it, and return its exit code.
+
+    Raises:
+        ConfigError: the config, a file, the address or the cluster's size; nothing was submitted.
+    """
+    shipment = prepare(args.config, args.overrides, args.shared, args.ship_limit)
+    check_engine_args(shipment.config)
+    missing = [name for name in args.env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env {missing[0]}: not set here; export it, or leave it out")
+    layout = plan(shipment.config)
+    server = _server(args)
+    found = server.nodes()
+    if args.autoscaling:
+        places = [f"{len(found)} nodes now; the cluster may grow"]
+    else:
+        places = describe_fit(layout, found, fit(layout, found))
+    command = [args.python, "-P", "-m", "rlattn.cli", "train", CONFIG, *_how(args)]
+    with Console() as console, TemporaryDirectory(prefix="rlattn-submit-") as temporary:
+        folder = Path(temporary, "job")
+        with console.phase("packing"):
+            shipment.write(folder)
+            wheel = args.wheel or build_wheel(Path(temporary))
+            unpack(wheel, folder)
+        if args.dry_run:
+            lines = [*describe(layout), "nodes", *(f"  {line}" for line in places)]
+            console.note("\n".join([*_listing(shipment, wheel, command, args.env), *lines]))
+            return 0
+        with console.phase("uploading"):
+            job = server.ask(
+                server.client.submit_job,
+                entrypoint=shlex.join(command),
+                submission_id=f"{args.name or Path(args.config).stem}-{uuid.uuid4().hex[:6]}",
+                metadata={CONFIG_OF: str(args.config), OUTPUT: str(shipment.config.output_dir)},
+                runtime_env={
+                    "working_dir": str(folder),
+                    "env_vars": {name: os.environ[name] for name in args.env}
+                    | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                },
+            )
+        console.note(f"job {job} at {server.address}")
+        for line in places:
+            console.note(f"  {line}")
+        if args.no_wait:
+            console.note(f"rlattn logs {job} follows it, rlattn stop {job} ends it with a checkpoint")
+            return 0
+        return _follow(server, job, console)
+
+
+def jobs(args: argparse.Namespace) -> None:
+    """Show the cluster's rlattn jobs, newest first."""
+    own = [job for job in _server(args).jobs() if CONFIG_OF in (job.metadata or {})]
+    rows = [
+        [job.submission_id or "", job.status.value.lower(), _age(job), job.metadata[CONFIG_OF], job.metadata[OUTPUT]]
+        for job in sorted(own, key=lambda job: -(job.start_time or 0))
+        if job.metadata
+    ]
+    with Console() as console:
+        if rows:
+            console.show(grid(("job", "status", "time", "config", "output_dir"), rows))
+        else:
+            console.note("no rlattn jobs")
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Show a job's log, until its end if it still runs; returns its exit code."""
+    server = _server(args)
+    server.job(args.job)
+    with Console() as console:
+        return _follow(server, args.job, console)
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Ask a job to stop after its step, with a checkpoint, and wait for that."""
+    server = _server(args)
+    job = server.job(args.job)
+    with Console() as console:
+        if job.status.is_terminal():
+            console.note(f"job {args.job} has ended: {job.status.value.lower()}")
+            return 0
+        server.ask(server.client.stop_job, args.job)
+        deadline = time.monotonic() + args.timeout
+        with console.phase(f"waiting for job {args.job} to end its step and save"):
+            while not (job := server.job(args.job)).status.is_terminal():
+                if time.monotonic() > deadline:
+                    raise JobServerError(f"job {args.job} has not ended within {args.timeout:g} s; it was asked to")
+                time.sleep(AGAIN_S)
+        console.note(f"job {args.job}: {job.status.value.lower()}")
+        return 0
+
+
+def _server(args: argparse.Namespace) -> JobServer:
+    for chatty in ("ray", dashboard_sdk.__name__, sdk.__name__):  # they tell of each upload and connection
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return JobServer(args.address, "--address")
+
+
+def _how(args: argparse.Namespace) -> list[str]:
+    if args.resume_from is not None:
+        return ["--resume-from", str(args.resume_from)]
+    return ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
+
+
+def _listing(shipment: Shipment, wheel: Path, command: list[str], env: list[str]) -> list[str]:
+    """What would be shipped and run, for people; of environment variables the names alone."""
+    files = [f"  {f.source} ({f.size / MIB:.1f} MiB) as {f.place}: `{f.key}`" for f in shipment.files]
+    return [
+        yaml.safe_dump(shipment.config.model_dump(mode="json"), sort_keys=False),
+        f"ships rlattn {__version__} ({wheel.name}, {wheel.stat().st_size / MIB:.1f} MiB)",
+        *(files or ["  no local files"]),
+        f"runs {shlex.join(command)}",
+        *([f"with {', '.join(env)} of this environment"] if env else []),
+    ]
+
+
+def _follow(server: JobServer, job: str, console: Console) -> int:
+    """Show a job's log to its end; its exit code."""
+    try:
+        asyncio.run(_tail(server, job, console.note))
+    except KeyboardInterrupt:
+        console.note(f"job {job} goes on; rlattn logs {job} follows it, rlattn stop {job} ends it with a checkpoint")
+        raise
+    ended = server.job(job)
+    if ended.status == JobStatus.STOPPED:
+        return EXIT_CODE
+    if ended.status == JobStatus.FAILED and ended.driver_exit_code is None:  # it did not get as far as running
+        raise JobServerError(f"job {job} failed: {ended.message}")
+    return ended.driver_exit_code or 0
+
+
+async def _tail(server: JobServer, job: str, show: Callable[[str], None]) -> None:
+    """Each line of a job's log, once, until the job has ended; a connection that breaks is made again."""
+    shown, tries, noisy, waited = 0, 0, False, time.monotonic()
+    while True:
+        ended = server.ask(server.client.get_job_status, job).is_terminal()  # before the log: then that is whole
+        seen = 0
+        try:
+            tail = cast(AsyncGenerator[str, None], server.client.tail_job_logs(job))
+            async with aclosing(tail) as pieces:
+                async for line in _lines(pieces):
+                    seen += 1
+                    if seen > shown:
+                        shown, tries = seen, 0
+                        noisy = bool(NOISE.match(line)) or (noisy and not line.strip())
+                        if not noisy:
+                            show(line)
+        except (TimeoutError, RuntimeError, OSError, ClientError):
+            tries += 1
+        if ended:
+            return
+        if tries > TRIES:
+            raise JobServerError(f"the log of job {job} cannot be read any more; the job goes on")
+        if not shown and time.monotonic() - waited > SILENCE_S:
+            show(
+                f"job {job} is {server.ask(server.client.get_job_status, job).value.lower()}: its environment is set up"
+            )
+            waited = time.monotonic()
+        await asyncio.sleep(AGAIN_S)
+
+
+async def _lines(chunks: AsyncGenerator[str, None]) -> AsyncIterator[str]:
+    """Whole lines of a stream of pieces; the last one at its end."""
+    rest = ""
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(chunks), SILENCE_S)
+        except StopAsyncIteration:
+            break
+        *whole, rest = (rest + piece).split("\n")
+        for line in whole:
+            yield line
+    if rest:
+        yield rest
+
+
+def _age(job: JobDetails) -> str:
+    if not job.start_time:
+        return ""
+    return seconds((job.end_time or time.time() * 1000) / 1000 - job.start_time / 1000)
