@@ -147,6 +147,20 @@ def stop(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def plan(args: argparse.Namespace) -> None:
+    """`rlattn plan CONFIG`."""
+    from rlattn.trainers.sizing import run
+
+    run(args)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """`rlattn doctor`."""
+    from rlattn.trainers.doctor import run
+
+    return run(args)
+
+
 def export(args: argparse.Namespace) -> None:
     """`rlattn export RUN_DIR OUT`."""
     from rlattn.trainers.checkpoint import newest
@@ -215,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     command = add("stop", stop, "End a submitted run after its step, with a checkpoint.")
     add_job(command)
     command.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="longest wait (default: 1800)")
+    command = add("plan", plan, "Whether a config fits a cluster on paper: who sits where, bytes per GPU.")
+    add_config(command)
+    command.add_argument("--nodes", type=int, required=True, help="nodes of the cluster, all alike")
+    command.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
+    command.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="memory of a GPU (default: 80)")
+    command.add_argument("--cpus", type=int, default=64, help="CPUs of a node (default: 64)")
+    add_address(add("doctor", doctor, "What of this machine, and of a cluster, would stop or slow a run."))
     command = add("export", export, "Copy a checkpoint's Hugging Face model: the newest's unless told.")
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rlattn.config import ConfigError
 from rlattn.rollout.cluster import ActorError, ActorLost
+from rlattn.trainers.copies import Copies
 from rlattn.trainers.manifest import damage, write_manifest
 
 
@@ -33,8 +34,9 @@ class Checkpoints:
     (every process's generators), `state.json` (the driver's state) and `manifest.json` (checksums of all these).
     """
 
-    def __init__(self, root: Path, limit: int) -> None:
-        self.root, self.limit = root, limit
+    def __init__(self, root: Path, limit: int, copies: Copies | None = None) -> None:
+        """`copies` keeps copies of them elsewhere."""
+        self.root, self.limit, self.copies = root, limit, copies
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None."""
@@ -122,6 +124,8 @@ class Checkpoints:
         for old in self._all()[: -self.limit]:
             if best is None or self.step_of(old) != best.step:
                 shutil.rmtree(old)
+        if self.copies:
+            self.copies.begin(final, [self.step_of(kept) for kept in self._all()])
         return final
 
     def drop_after(self, step: int) -> None:

@@ -23,6 +23,7 @@ from rlattn.rollout.cluster import ActorError, collect
 from rlattn.types import Rollouts
 
 START_S = 300.0  # for a process to start and import the functions
+REPLACE_S, AGAIN_S = 60.0, 2.0  # how long one that dies as it starts is tried again, and how often
 
 
 class RewardWorker:
@@ -129,14 +130,18 @@ class RewardPool:
         return True
 
     def _replace(self, worker: Any) -> Any:
-        ray.kill(worker)
-        fresh = self._start()
-        self.workers[self.workers.index(worker)] = fresh
-        try:
-            ray.get(fresh.load.remote(), timeout=START_S)
-        except RayError as error:
-            raise ActorError(f"a reward worker could not be started again: {error}") from None
-        return fresh
+        place, deadline = self.workers.index(worker), time.monotonic() + REPLACE_S
+        while True:
+            ray.kill(self.workers[place])
+            fresh = self.workers[place] = self._start()
+            try:
+                ray.get(fresh.load.remote(), timeout=START_S)
+                return fresh
+            except RayError as error:
+                # A node that is lost takes workers for a while before Ray knows of it.
+                if not isinstance(error, RayActorError) or time.monotonic() > deadline:
+                    raise ActorError(f"a reward worker could not be started again: {error}") from None
+            time.sleep(AGAIN_S)
 
     def _start(self) -> Any:
         threads = {"OMP_NUM_THREADS": "1"}

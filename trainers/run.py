@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlattn import trace
-from rlattn.config import FREE, ConfigError, RunConfig, TrainerConfig, differences
+from rlattn.config import RunConfig, TrainerConfig
 from rlattn.console import Console
 from rlattn.data import check_same, fingerprint
+from rlattn.locking import locked
 from rlattn.metrics import completion_records
 from rlattn.report import write_report
 from rlattn.reward_functions import load_function
@@ -24,7 +23,7 @@ from rlattn.rollout.cluster import ActorLost, check_shared, local_cpus, reserve,
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.placement import plan
 from rlattn.rollout.pool import RolloutPool, encode_prompts
-from rlattn.status import DONE, STATUS, STOPPED, write_status
+from rlattn.status import DONE, STOPPED, write_status
 from rlattn.stopping import Stopped, stoppable
 from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
@@ -33,6 +32,7 @@ from rlattn.trainers.critic import Critic
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.trainers.memory import shape_of
 from rlattn.trainers.model import captured_layers, out_of_reach
+from rlattn.trainers.output import TRACE, open_output, save_config
 from rlattn.trainers.policy import Policy
 from rlattn.trainers.ppo import PPOTrainer
 from rlattn.trainers.reward_pool import RewardPool
@@ -42,11 +42,7 @@ from rlattn.trainers.universal import check_sharding, loadable, sharding
 from rlattn.trainers.warmup import warmup
 from rlattn.verifiers.pool import VerifierPool
 
-PLACEMENT = ("policy.ranks", "policy.deepspeed", "policy.gpus_per_rank", "policy.cpus_per_rank", "rollout.num_engines")
-"""Where a run computes: its results stay equal up to rounding."""
-FREE_ON_RESUME = (*FREE, *PLACEMENT, "trainer.eval_")
-"""What a resumed run may change, and time-outs: everything else shapes its result."""
-DRIVER, TRACE = "driver.pt", "trace.json"
+DRIVER = "driver.pt"
 
 
 def train(
@@ -65,15 +61,34 @@ def train(
         ConfigError: something in the config, the task's data or the output folder cannot work; nothing was started.
         CheckpointError: the checkpoint to go on from is damaged; nothing was started.
     """
+    check(config)
+    task = load_task(config.task, config.task.seed)
+    benchmarks = [load_task(named, named.seed, training=False) for named in config.trainer.eval_tasks]
+    with locked(config.output_dir, "another `rlattn train`"):
+        checkpoints, checkpoint = open_output(
+            config, console, resume=resume, resume_from=resume_from, overwrite=overwrite
+        )
+        return run(config, console, task, benchmarks, checkpoints, checkpoint)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot work, before anything is read or started."""
     check_engine_args(config)
     local_cpus(config, plan(config))
     captured_layers(config.signals, shape_of(config))
     for function in config.rewards.functions:
         load_function(function)
-    task = load_task(config.task, config.task.seed)
-    benchmarks = [load_task(named, named.seed, training=False) for named in config.trainer.eval_tasks]
-    checkpoints = Checkpoints(config.output_dir.absolute() / "checkpoints", config.trainer.save_total_limit)
-    checkpoint = prepare_output(config, checkpoints, resume=resume, resume_from=resume_from, overwrite=overwrite)
+
+
+def run(
+    config: RunConfig,
+    console: Console,
+    task: Task,
+    benchmarks: list[Task],
+    checkpoints: Checkpoints,
+    checkpoint: Path | None,
+) -> Path:
+    """From an open output folder to the report."""
     data = fingerprint(task.train)
     if checkpoint:
         state = checkpoints.state(checkpoint)
@@ -97,6 +112,9 @@ def train(
                 loop(config, trainer, tracker, checkpoints, checkpoint, tokenizer, console, data)
 
         keep_going(attempt, checkpoints, checkpoint, config.trainer.max_restarts, console)
+    if checkpoints.copies:
+        with console.phase("copying the last checkpoint"):
+            checkpoints.copies.finish()
     write_status(config.output_dir, config.trainer.steps, config.trainer.steps, DONE)
     report = write_report(config.output_dir)
     accuracy = [line["eval/accuracy"] for line in read_metrics(config.output_dir) if "eval/accuracy" in line]
@@ -197,6 +215,8 @@ def loop(
             checkpoints.save(done, state, write, best)
         if stop:
             trainer.tell(step, STOPPED)
+            if checkpoints.copies:
+                checkpoints.copies.finish()
             raise Stopped(
                 f"stopped after step {done} of {last}, as asked; --resume goes on from checkpoint step-{done}"
             )
@@ -259,41 +279,6 @@ def start(
                 trainer.close()
     finally:
         ray.shutdown()
-
-
-def prepare_output(
-    config: RunConfig, checkpoints: Checkpoints, *, resume: bool, resume_from: int | None = None, overwrite: bool
-) -> Path | None:
-    """Make sure that this run may write to its folder; returns the checkpoint to go on from, if any."""
-    folder = config.output_dir
-    saved = folder / "config.yaml"
-    if not saved.exists():
-        if resume_from is not None:
-            raise ConfigError(f"{folder} holds no run, so none to go on from step-{resume_from}")
-        return None
-    if overwrite:
-        for name in ("checkpoints", "metrics.jsonl", "completions.jsonl", "report.html", "config.yaml", STATUS, TRACE):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return None
-    if not resume and resume_from is None:
-        raise ConfigError(
-            f"{folder} already holds a run; give --resume to go on with it, --overwrite to replace it, "
-            "or another output_dir=..."
-        )
-    differing = list(differences(yaml.safe_load(saved.read_text()), config.model_dump(mode="json"), FREE_ON_RESUME))
-    if differing:
-        raise ConfigError(
-            f"--resume needs the config that {folder} was started with; differing: {'; '.join(differing)}"
-        )
-    checkpoint = checkpoints.latest() if resume_from is None else checkpoints.at(resume_from)
-    return checkpoints.verified(checkpoint, "--resume-from") if checkpoint else None
-
-
-def save_config(config: RunConfig) -> None:
-    """Write the resolved config beside the run's results."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -25,7 +25,6 @@ from ray.job_submission import JobDetails, JobStatus
 from rlattn import __version__
 from rlattn.config import ConfigError
 from rlattn.console import Console, seconds
-from rlattn.evaluation.formats import grid
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.fit import describe_fit, fit
 from rlattn.rollout.placement import describe, plan
@@ -42,7 +41,7 @@ CONFIG_OF, OUTPUT = "rlattn_config", "rlattn_output_dir"
 """Metadata keys of a job."""
 NOISE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\s+(INFO|WARNING) \w+\.py:\d+ -- |(\x1b\[\d+m)?\(raylet\)"
-    r"|\s{4,}\[\d{4}-\d\d-\d\d |\s{4,}\(\d\) raylet "
+    r"|\s{4,}\[(\d{4}-\d\d-\d\d |state-dump\])|\s+\(\d\) raylet "
 )
 """Beginnings of what Ray itself says in a driver's log: of what dies, rlattn says what it means for the run."""
 
@@ -100,16 +99,16 @@ def submit(args: argparse.Namespace) -> int:
 def jobs(args: argparse.Namespace) -> None:
     """Show the cluster's rlattn jobs, newest first."""
     own = [job for job in _server(args).jobs() if CONFIG_OF in (job.metadata or {})]
-    rows = [
+    rows = [["job", "status", "time", "config", "output_dir"]]
+    rows += [
         [job.submission_id or "", job.status.value.lower(), _age(job), job.metadata[CONFIG_OF], job.metadata[OUTPUT]]
         for job in sorted(own, key=lambda job: -(job.start_time or 0))
         if job.metadata
     ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     with Console() as console:
-        if rows:
-            console.show(grid(("job", "status", "time", "config", "output_dir"), rows))
-        else:
-            console.note("no rlattn jobs")
+        for row in rows if own else [["no rlattn jobs"]]:  # plain lines: a table would cut what one copies from here
+            console.note("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
 
 
 def logs(args: argparse.Namespace) -> int:

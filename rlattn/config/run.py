@@ -24,6 +24,7 @@ FREE = (
     "ray.",
     "rollout.max_restarts",
     "trainer.best_metric",
+    "trainer.checkpoint_url",
     "trainer.greater_is_better",
     "trainer.log_completions",
     "trainer.max_restarts",

@@ -30,6 +30,9 @@ class TrainerConfig(Section):
     """Checkpoint every so many steps, and after the last; 0 saves only after the last."""
     save_total_limit: Positive = 2
     """Checkpoints kept, beside the best one."""
+    checkpoint_url: str | None = None
+    """Copies of the checkpoints kept, and of the run's metrics, go to this fsspec URL (`s3://bucket/run`, `gs://...`);
+    `--resume` with an empty `output_dir` goes on from there."""
     best_metric: str | None = None
     """Metric of evaluation, such as `eval/accuracy`, by which the best checkpoint is chosen: an evaluation that
     surpasses all before it saves at once. None chooses none."""

@@ -8,10 +8,11 @@ import yaml
 
 from rlattn.config import ConfigError
 from rlattn.console import Console
+from rlattn.locking import locked
 from rlattn.study.config import Run, StudyConfig, grid, load_study
 from rlattn.study.process import Processes
 from rlattn.study.progress import Progress, progress
-from rlattn.study.runner import Launcher, execute, locked
+from rlattn.study.runner import Launcher, execute
 from rlattn.tracking import write_atomically
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def run_missing(study: StudyConfig, runs: list[Run], console: Console) -> list[str]:
     """Run what is not finished; returns the names of the runs that failed."""
-    with locked(study.output_dir) as lock:
+    with locked(study.output_dir, "another `rlattn study`, or a run that it started,") as lock:
         states = look(study, runs)
         missing = [run for run, found in states if not found.finished]
         saved = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)

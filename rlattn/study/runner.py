@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from rlattn.config import ConfigError
 from rlattn.console import Console, seconds
 from rlattn.study.config import Run
 from rlattn.study.progress import step_of
@@ -90,29 +86,6 @@ def execute(
     finally:
         console.progress.remove_task(bar)
     return failed
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """A study's folder for this process and the runs it starts alone; gives the lock's file descriptor.
-
-    Runs that inherit the descriptor keep the lock after this process: it is free when the last of them has ended.
-
-    Raises:
-        ConfigError: another study works in that folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        deadline = time.monotonic() + 10  # runs of a killed study take a moment to end
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(f"another `rlattn study` works in {folder}, or a run that it started") from None
-                time.sleep(0.2)
-        yield file.fileno()
 
 
 class _Watch:

@@ -11,10 +11,11 @@ from scipy import stats
 from rlattn.cli import main
 from rlattn.config import ConfigError, read_tree
 from rlattn.console import Console
+from rlattn.locking import locked
 from rlattn.study.command import look
 from rlattn.study.config import LaunchConfig, StudyConfig, grid, load_study
 from rlattn.study.report import as_json, notes, write
-from rlattn.study.runner import Ended, execute, locked
+from rlattn.study.runner import Ended, execute
 from rlattn.study.summary import band, compare, ema_of_peak, summarise
 from rlattn.tracking import Tracker
 
@@ -266,13 +267,19 @@ def test_a_run_that_fails_or_stalls_does_not_stop_the_others(tmp_path, monkeypat
     assert len(finished) == 4
 
 
+OTHER = "another `rlattn study`"
+
+
 def test_one_study_at_a_time_in_a_folder(tmp_path, monkeypatch):
-    with locked(tmp_path):
+    with locked(tmp_path, OTHER):
         later = time.monotonic
-        monkeypatch.setattr("rlattn.study.runner.time.monotonic", lambda: later() * 1e6)  # 10 s pass at once
-        with pytest.raises(ConfigError, match="another `rlattn study` works in"), locked(tmp_path):
+        monkeypatch.setattr("rlattn.locking.time.monotonic", lambda: later() * 1e6)  # 10 s pass at once
+        with (
+            pytest.raises(ConfigError, match="another `rlattn study` works in"),
+            locked(tmp_path, OTHER),
+        ):
             pass
-    with locked(tmp_path):
+    with locked(tmp_path, OTHER):
         pass
 
 

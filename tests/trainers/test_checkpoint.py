@@ -9,8 +9,9 @@ from rlattn.config import ConfigError, RunConfig, TrainerConfig
 from rlattn.data import check_same, fingerprint
 from rlattn.problem import Problem
 from rlattn.trainers.checkpoint import Best, CheckpointError, Checkpoints, newest
+from rlattn.trainers.output import prepare_output, save_config
 from rlattn.trainers.rng import load_rng, save_rng, seed_rng
-from rlattn.trainers.run import better, prepare_output, save_config
+from rlattn.trainers.run import better
 
 
 def write(text):

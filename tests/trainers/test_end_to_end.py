@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,27 @@ def test_signals_from_the_engines_train_like_the_policys(tmp_path, cache):
     assert len(kept) > 8
     for name in kept:
         assert other[name] == pytest.approx(own[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_comes_back_from_its_copies(tmp_path, cache):
+    small = ["policy.ranks=1", "policy.deepspeed={}", "trainer.eval_steps=0", "trainer.steps=12"]
+    url = f"trainer.checkpoint_url=file://{tmp_path}/copies"
+    straight, lost = tmp_path / "straight", tmp_path / "lost"
+    finish(command(straight, cache, *small))
+    driver = subprocess.Popen(command(lost, cache, *small, url))
+    wait_for((tmp_path / "copies/config.yaml").exists, driver)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=TIMEOUT) == 143
+    stopped = read_metrics(lost)[-1]["step"]
+    shutil.rmtree(lost)
+    again = finish(command(lost, cache, *small, url), 2)
+    assert "already holds a run; give --resume" in again.stderr
+    finish([*command(lost, cache, *small, url), "--resume"])
+    assert stopped < 12
+    assert without_time(lost) == without_time(straight)
+    for name, weight in weights(straight).items():
+        assert torch.equal(weights(lost)[name], weight), name
+    assert [path.name for path in sorted((tmp_path / "copies").glob("step-*"))] == ["step-11", "step-12"]
 
 
 def test_a_step_ahead_learns_from_weights_one_update_older(tmp_path, cache):

@@ -1,0 +1,175 @@
+"""A run submitted over HTTP to a cluster of three nodes, each in a network of its own, two of which die on the way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rlattn.tracking import read_metrics
+from tests.nodes import Nodes, namespaces_allowed, wait_for
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not namespaces_allowed(), reason="needs root, for network namespaces"),
+]
+
+RLATTN = [sys.executable, "-P", "-m", "rlattn.cli"]
+TIMEOUT = 500
+TINY = [
+    "task.options.format_reward=0.5",
+    "task.options.train_size=2000",
+    "task.options.test_size=16",
+    "rewards.functions=[{function: 'my_rewards.py:brevity'}]",
+    "trainer.eval_tasks=[{name: gsm8k, options: {data: data, instruction: ''}}]",
+    "model.warmup.hidden_size=64",
+    "model.warmup.intermediate_size=128",
+    "model.warmup.num_layers=3",
+    "model.warmup.num_heads=4",
+    "model.warmup.num_kv_heads=2",
+    "model.warmup.steps=120",
+    "rollout.num_generations=4",
+    "rollout.max_completion_length=48",
+    "rollout.kv_cache_gib=0.05",
+    "policy.ranks=2",
+    "policy.cpus_per_rank=1",
+    "policy.deepspeed={zero_optimization: {stage: 3}}",
+    "trainer.prompts_per_step=6",
+    "trainer.eval_steps=12",
+    "trainer.save_steps=1",
+    "trainer.log_completions=2",
+    "ray.policy_labels={role: policy}",
+    "ray.rollout_labels={role: rollout}",
+]
+REWARD = """
+def brevity(prompts, completions, **columns):
+    return [1 / (1 + len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The head and a second node for the policy, a third for the engine."""
+    with Nodes(tmp_path_factory.mktemp("nodes")) as nodes:
+        nodes.start(0, 1, role="policy")
+        nodes.start(1, 1, role="policy")
+        nodes.start(2, 1, role="rollout")
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def warmup(tmp_path_factory):
+    return tmp_path_factory.mktemp("warmup")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A user's folder with data and a reward function."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": f"{i} + 2 =", "answer": str(i + 2)} for i in range(1, 5)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    return tmp_path
+
+
+def submit(cluster, project, warmup, *extra):
+    return [
+        *RLATTN,
+        "submit",
+        "quickstart",
+        f"--address={cluster.address}",
+        f"--python={sys.executable}",
+        f"output_dir={project / 'run'}",
+        f"model.warmup.cache_dir={warmup}",
+        *TINY,
+        *extra,
+    ]
+
+
+def rlattn(cluster, command, code=0, **environment):
+    done = subprocess.run(
+        command, env=cluster.environment | environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def jobs(cluster):
+    return rlattn(cluster, [*RLATTN, "jobs", f"--address={cluster.address}"]).stdout
+
+
+def steps(project):
+    return [line["step"] for line in read_metrics(project / "run")]
+
+
+def test_nobody_gets_in_without_the_token_and_nothing_starts_that_cannot_fit(cluster, project, warmup, tmp_path):
+    asked = submit(cluster, project, warmup)
+    stranger = rlattn(cluster, asked, 2, RAY_AUTH_TOKEN="0" * 64)
+    assert "no Ray job server to use: Authentication failed" in stranger.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in stranger.stderr
+    large = rlattn(cluster, [*asked, "policy.ranks=4"], 2)
+    assert "2 CPUs short: policy rank 0-3 ask for 4" in large.stderr
+    assert "labelled {'role': 'policy'} have 2" in large.stderr
+    shown = rlattn(cluster, [*asked, "--dry-run"]).stdout
+    assert "data (0.0 MiB) as files/1-data: `trainer.eval_tasks.0.options.data`" in shown
+    assert "10.213.0.3 (0 GPUs, 1 CPUs): engine 0" in shown
+    assert jobs(cluster).strip() == "no rlattn jobs"
+    assert not (project / "run").exists()
+
+
+def test_a_job_outlives_the_loss_of_its_nodes_and_ends_as_it_would_have(cluster, project, warmup):
+    straight = rlattn(cluster, [*submit(cluster, project, warmup, "trainer.steps=12"), "--name=straight"])
+    assert "12/12  reward" in straight.stdout
+    assert "(raylet)" not in straight.stdout
+    expected = read_metrics(project / "run")
+    os.rename(project / "run", project / "straight")
+
+    command = [*submit(cluster, project, warmup, "trainer.steps=12"), "--name=hit"]
+    hit = subprocess.Popen(
+        command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: len(steps(project)) >= 2, "two steps", 200)
+    cluster.kill(2)
+    cluster.start(3, 1, role="rollout")
+    seen = len(steps(project))
+    wait_for(lambda: len(steps(project)) >= seen + 2, "two more steps", 200)
+    cluster.kill(1)
+    cluster.start(4, 1, role="policy")
+    said = hit.communicate(timeout=TIMEOUT)[0]
+    assert hit.returncode == 0, said[-3000:]
+    assert "engine 0 is back" in said
+    assert "starting again from step-" in said
+    assert not any(noise in said for noise in ("(raylet)", "raylet has", "state-dump"))
+    found = read_metrics(project / "run")
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == list(range(13))
+    for name in ("reward", "rewards/brevity/mean", "loss", "grad_norm", "completions/mean_length"):
+        kept, wanted = ([line[name] for line in lines[1:]] for lines in (found, expected))
+        assert kept == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
+    assert found[-1]["eval/accuracy"] == expected[-1]["eval/accuracy"]
+    assert "eval/gsm8k/accuracy" in found[-1]
+
+
+def test_stop_saves_first_and_the_same_submission_goes_on(cluster, project, warmup):
+    command = [*submit(cluster, project, warmup, "trainer.steps=200", "trainer.save_steps=0"), "--name=long"]
+    detached = rlattn(cluster, [*command, "--no-wait"]).stdout
+    job = next(word for word in detached.split() if word.startswith("long-"))
+    wait_for(lambda: steps(project)[-1:] >= [2], "two steps", 200)
+    rlattn(cluster, [*RLATTN, "stop", job, f"--address={cluster.address}"])
+    last = steps(project)[-1]
+    assert last < 200
+    assert [path.name for path in (project / "run/checkpoints").iterdir()] == [f"step-{last}"]
+    logs = rlattn(cluster, [*RLATTN, "logs", job, f"--address={cluster.address}"], 143).stdout
+    assert f"stopped after step {last} of 200, as asked" in logs
+    assert [job, "stopped"] in [line.split()[:2] for line in jobs(cluster).splitlines()]
+    again = subprocess.Popen([*command, "--resume"], env=cluster.environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: steps(project)[-1] > last, "a further step", 200)
+        assert steps(project)[: last + 2] == list(range(last + 2))
+    finally:
+        for line in jobs(cluster).splitlines():
+            if line.split()[1] == "running":
+                rlattn(cluster, [*RLATTN, "stop", line.split()[0], f"--address={cluster.address}"])
+        again.wait(timeout=60)
+    assert again.returncode == 143
