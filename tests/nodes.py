@@ -58,7 +58,7 @@ class Nodes:
 
     def start(self, number: int, cpus: int, **labels: str) -> None:
         """Start node `number`, at 10.213.0.<number + 1>, and wait for it: two at once would take the same socket."""
-        space, outside, own = self._space(number), f"{self.bridge}n{number}"[:15], f"10.213.0.{number + 1}"
+        space, outside, own = self._space(number), self._outside(number), f"10.213.0.{number + 1}"
         _ip("netns", "add", space)
         _ip("link", "add", outside, "type", "veth", "peer", "name", "lan0", "netns", space)
         _ip("link", "set", outside, "master", self.bridge, "up")
@@ -103,7 +103,11 @@ class Nodes:
                 os.kill(int(pid), signal.SIGKILL)
         process.kill()
         process.wait(timeout=30)
+        _ip("link", "delete", self._outside(number))  # at once: with its namespace it would go some time later
         _ip("netns", "delete", space)
+
+    def _outside(self, number: int) -> str:
+        return f"{self.bridge}n{number}"[:15]
 
     def _space(self, number: int) -> str:
         return f"{self.bridge}-{number}"

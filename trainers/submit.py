@@ -36,7 +36,7 @@ from rlattn.trainers.jobs import JobServer, JobServerError
 STOP_WAIT_S = 3600  # that a job has to end its step and save, once it was asked to stop
 SILENCE_S = 20.0  # of a log after which the job itself is asked whether it still runs
 AGAIN_S = 1.0  # between two tries to read a log
-TRIES = 60  # in a row
+LOST_S = 60.0  # without a connection, after which following ends
 CONFIG_OF, OUTPUT = "rlattn_config", "rlattn_output_dir"
 """Metadata keys of a job."""
 NOISE = re.compile(
@@ -178,32 +178,40 @@ def _follow(server: JobServer, job: str, console: Console) -> int:
 
 
 async def _tail(server: JobServer, job: str, show: Callable[[str], None]) -> None:
-    """Each line of a job's log, once, until the job has ended; a connection that breaks is made again."""
-    shown, tries, noisy, waited = 0, 0, False, time.monotonic()
+    """Each line of a job's log, once, until the job has ended; a connection that breaks is made again.
+
+    Raises:
+        JobServerError: for `LOST_S` seconds in a row it could not be.
+    """
+    shown, noisy, heard, said = 0, False, time.monotonic(), time.monotonic()
     while True:
-        ended = server.ask(server.client.get_job_status, job).is_terminal()  # before the log: then that is whole
-        seen = 0
         try:
+            status = server.ask(server.client.get_job_status, job)  # before the log, which is whole if it has ended
+            if not shown and time.monotonic() - said > SILENCE_S:
+                show(f"job {job} is {status.value.lower()}: its environment is set up")
+                said = time.monotonic()
+            seen = 0
             tail = cast(AsyncGenerator[str, None], server.client.tail_job_logs(job))
             async with aclosing(tail) as pieces:
                 async for line in _lines(pieces):
-                    seen += 1
+                    seen, heard = seen + 1, time.monotonic()
                     if seen > shown:
-                        shown, tries = seen, 0
+                        shown = seen
                         noisy = bool(NOISE.match(line)) or (noisy and not line.strip())
                         if not noisy:
                             show(line)
-        except (TimeoutError, RuntimeError, OSError, ClientError):
-            tries += 1
-        if ended:
-            return
-        if tries > TRIES:
-            raise JobServerError(f"the log of job {job} cannot be read any more; the job goes on")
-        if not shown and time.monotonic() - waited > SILENCE_S:
-            show(
-                f"job {job} is {server.ask(server.client.get_job_status, job).value.lower()}: its environment is set up"
-            )
-            waited = time.monotonic()
+            heard = time.monotonic()
+            if status.is_terminal():
+                return
+        except TimeoutError:  # nothing new in the log for a while; the status tells whether that is all
+            heard = time.monotonic()
+        except (RuntimeError, OSError, ClientError) as error:
+            if time.monotonic() - heard > LOST_S:
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise JobServerError(
+                    f"job {job}: no connection to {server.address} for {LOST_S:g} s ({reason}). If it is back, rlattn "
+                    f"logs {job} goes on; if the cluster is lost, submit again with --resume"
+                ) from None
         await asyncio.sleep(AGAIN_S)
 
 

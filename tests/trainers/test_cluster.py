@@ -173,3 +173,23 @@ def test_stop_saves_first_and_the_same_submission_goes_on(cluster, project, warm
                 rlattn(cluster, [*RLATTN, "stop", line.split()[0], f"--address={cluster.address}"])
         again.wait(timeout=60)
     assert again.returncode == 143
+
+
+def test_a_lost_head_is_told_in_time_and_what_was_saved_goes_on(cluster, project, warmup, tmp_path_factory):
+    command = [*submit(cluster, project, warmup, "trainer.steps=60"), "--name=headless"]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    follower = subprocess.Popen(command, env=cluster.environment, **out)
+    wait_for(lambda: steps(project)[-1:] >= [3], "three steps", 200)
+    for number in list(cluster.running):
+        cluster.kill(number)
+    said = follower.communicate(timeout=180)[0]
+    assert follower.returncode == 1
+    assert "no connection to http://10.213.0.1:8265 for 60 s" in said
+    assert "submit again with --resume" in said
+    saved = max(int(path.name[5:]) for path in (project / "run/checkpoints").glob("step-*"))
+    for number, role in enumerate(("policy", "policy", "rollout")):
+        cluster.start(number, 1, role=role)
+    again = [*submit(cluster, project, warmup, "trainer.steps=60"), "--resume", "--name=again"]
+    assert "60/60" in rlattn(cluster, again).stdout
+    assert saved >= 3
+    assert steps(project) == list(range(61))
