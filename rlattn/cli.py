@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from rlattn import __version__
 from rlattn.analysis.arguments import add_arguments as add_analyze_arguments
@@ -121,30 +122,30 @@ def status(args: argparse.Namespace) -> None:
 
 def submit(args: argparse.Namespace) -> int:
     """`rlattn submit CONFIG`."""
-    from rlattn.trainers.submit import submit as run
-
-    return run(args)
+    return _job_commands().submit(args)
 
 
 def jobs(args: argparse.Namespace) -> None:
     """`rlattn jobs`."""
-    from rlattn.trainers.submit import jobs as run
-
-    run(args)
+    _job_commands().jobs(args)
 
 
 def logs(args: argparse.Namespace) -> int:
     """`rlattn logs JOB`."""
-    from rlattn.trainers.submit import logs as run
-
-    return run(args)
+    return _job_commands().logs(args)
 
 
 def stop(args: argparse.Namespace) -> int:
     """`rlattn stop JOB`."""
-    from rlattn.trainers.submit import stop as run
+    return _job_commands().stop(args)
 
-    return run(args)
+
+def _job_commands() -> ModuleType:
+    try:
+        from rlattn.trainers import submit
+    except ImportError as error:
+        raise ConfigError(f'Ray\'s job client is not installed ({error}); pip install "rlattn[jobs]"') from None
+    return submit
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -111,11 +111,13 @@ def _shortage(plan: Plan, nodes: Sequence[Node], bundle: int, placed: int) -> st
     """Why a bundle found no place."""
     asked, labels = plan.bundles[bundle], plan.selectors[bundle]
     who = " and ".join(plan.actors(bundle))
+    if not nodes:
+        return "the cluster has no nodes"
     fitting = [node for node in nodes if node.has(labels)]
     labelled = f" labelled {dict(labels)}" if labels else ""
     if not fitting:
         own = [{key: value for key, value in node.labels.items() if key != "ray.io/node-id"} for node in nodes]
-        there = "; ".join(sorted({str(labels) for labels in own})) or "there are no nodes"
+        there = "; ".join(sorted({str(labels) for labels in own}))
         return f"no node is{labelled}, as {who} asks (ray.policy_labels, ray.rollout_labels); labels there: {there}"
     if not any(_holds(node.resources, asked) for node in fitting):
         largest = max(fitting, key=lambda node: [node.resources.get(kind, 0) for kind in KINDS])

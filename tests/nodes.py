@@ -56,8 +56,11 @@ class Nodes:
         """Of whoever knows the token."""
         return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
-    def start(self, number: int, cpus: int, **labels: str) -> None:
-        """Start node `number`, at 10.213.0.<number + 1>, and wait for it: two at once would take the same socket."""
+    def start(self, number: int, cpus: int, *, private: Path | None = None, **labels: str) -> None:
+        """Start node `number`, at 10.213.0.<number + 1>, and wait for it: two at once would take the same socket.
+
+        `private` is a folder that is empty there and nobody else's, as where storage is not shared.
+        """
         space, outside, own = self._space(number), self._outside(number), f"10.213.0.{number + 1}"
         _ip("netns", "add", space)
         _ip("link", "add", outside, "type", "veth", "peer", "name", "lan0", "netns", space)
@@ -81,10 +84,13 @@ class Nodes:
             "--object-store-memory=200000000",
             f"--labels-file={self._labels(number, labels)}",
         ]
+        hidden = []
+        if private:
+            hidden = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none "{private}" && exec "$@"', "-"]
         output = self.logs / f"node-{number}.log"
         with open(output, "wb") as log:
             self.running[number] = subprocess.Popen(
-                ["ip", "netns", "exec", space, *command],
+                ["ip", "netns", "exec", space, *hidden, *command],
                 env=self.environment,
                 stdout=log,
                 stderr=log,

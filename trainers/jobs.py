@@ -20,6 +20,7 @@ from rlattn.study.config import LaunchConfig, Run
 from rlattn.study.runner import TAIL_LINES, Ended
 
 CALL_TIMEOUT_S = 120  # of the job server; its client has no time-outs
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 RUN = "rlattn_run"
 """Metadata key: the run's folder, by which a job is found again."""
 
@@ -41,10 +42,10 @@ class JobServer:
     """
 
     def __init__(self, address: str | None, setting: str) -> None:
-        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+        self.address = address or os.environ.get(ADDRESS_VARIABLE)
         self._side = ThreadPoolExecutor(1, thread_name_prefix="job-server")
         if not self.address:
-            raise ConfigError(f"no cluster named; give {setting} (http://head:8265) or set RAY_API_SERVER_ADDRESS")
+            raise ConfigError(f"no cluster named; give {setting} (http://head:8265) or set {ADDRESS_VARIABLE}")
         try:
             self.client = self.ask(JobSubmissionClient, self.address)
         except (ConnectionError, RuntimeError, RayError) as error:  # not there, another version, no token for it

@@ -27,11 +27,11 @@ from rlattn.config import ConfigError
 from rlattn.console import Console, seconds
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.fit import describe_fit, fit
-from rlattn.rollout.placement import describe, plan
+from rlattn.rollout.placement import Plan, describe, plan
 from rlattn.stopping import EXIT_CODE
 from rlattn.submission.shipping import CONFIG, MIB, Shipment, prepare
 from rlattn.submission.wheel import build_wheel, unpack
-from rlattn.trainers.jobs import JobServer, JobServerError
+from rlattn.trainers.jobs import ADDRESS_VARIABLE, JobServer, JobServerError
 
 STOP_WAIT_S = 3600  # that a job has to end its step and save, once it was asked to stop
 SILENCE_S = 20.0  # of a log after which the job itself is asked whether it still runs
@@ -58,12 +58,9 @@ def submit(args: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(f"--env {missing[0]}: not set here; export it, or leave it out")
     layout = plan(shipment.config)
-    server = _server(args)
-    found = server.nodes()
-    if args.autoscaling:
-        places = [f"{len(found)} nodes now; the cluster may grow"]
-    else:
-        places = describe_fit(layout, found, fit(layout, found))
+    on_paper = args.dry_run and not (args.address or os.environ.get(ADDRESS_VARIABLE))
+    server = None if on_paper else _server(args)
+    places = _places(server, layout, args.autoscaling)
     command = [args.python, "-P", "-m", "rlattn.cli", "train", CONFIG, *_how(args)]
     with Console() as console, TemporaryDirectory(prefix="rlattn-submit-") as temporary:
         folder = Path(temporary, "job")
@@ -71,7 +68,7 @@ def submit(args: argparse.Namespace) -> int:
             shipment.write(folder)
             wheel = args.wheel or build_wheel(Path(temporary))
             unpack(wheel, folder)
-        if args.dry_run:
+        if args.dry_run or server is None:
             lines = [*describe(layout), "nodes", *(f"  {line}" for line in places)]
             console.note("\n".join([*_listing(shipment, wheel, command, args.env), *lines]))
             return 0
@@ -136,6 +133,20 @@ def stop(args: argparse.Namespace) -> int:
                 time.sleep(AGAIN_S)
         console.note(f"job {args.job}: {job.status.value.lower()}")
         return 0
+
+
+def _places(server: JobServer | None, layout: Plan, autoscaling: bool) -> list[str]:
+    """Which actors will sit on which of the cluster's nodes.
+
+    Raises:
+        NoRoom: they do not fit; says what is short.
+    """
+    if server is None:
+        return ["not looked at: no --address"]
+    found = server.nodes()
+    if autoscaling:
+        return [f"{len(found)} nodes now; the cluster may grow"]
+    return describe_fit(layout, found, fit(layout, found))
 
 
 def _server(args: argparse.Namespace) -> JobServer:

@@ -1,7 +1,6 @@
 """A run submitted over HTTP to a cluster of three nodes, each in a network of its own, two of which die on the way."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -119,12 +118,11 @@ def test_nobody_gets_in_without_the_token_and_nothing_starts_that_cannot_fit(clu
     assert not (project / "run").exists()
 
 
-def test_a_job_outlives_the_loss_of_its_nodes_and_ends_as_it_would_have(cluster, project, warmup):
-    straight = rlattn(cluster, [*submit(cluster, project, warmup, "trainer.steps=12"), "--name=straight"])
-    assert "12/12  reward" in straight.stdout
-    assert "(raylet)" not in straight.stdout
-    expected = read_metrics(project / "run")
-    os.rename(project / "run", project / "straight")
+def test_a_job_outlives_the_loss_of_its_nodes_and_ends_as_it_would_have_here(cluster, project, warmup):
+    here = ["ray.policy_labels={}", "ray.rollout_labels={}", f"output_dir={project / 'here'}", "trainer.steps=12"]
+    local = [*RLATTN, "train", "quickstart", f"model.warmup.cache_dir={warmup}", *TINY, *here]
+    assert subprocess.run(local, capture_output=True, timeout=TIMEOUT).returncode == 0
+    expected = read_metrics(project / "here")
 
     command = [*submit(cluster, project, warmup, "trainer.steps=12"), "--name=hit"]
     hit = subprocess.Popen(
@@ -151,6 +149,16 @@ def test_a_job_outlives_the_loss_of_its_nodes_and_ends_as_it_would_have(cluster,
     assert "eval/gsm8k/accuracy" in found[-1]
 
 
+def test_storage_that_a_node_does_not_see_is_named_before_anything_is_loaded(cluster, project, warmup):
+    (project / "mine").mkdir()
+    cluster.start(5, 1, private=project / "mine", role="blind")
+    apart = ["ray.rollout_labels={role: blind}", f"output_dir={project / 'mine/run'}"]
+    said = rlattn(cluster, submit(cluster, project, warmup, *apart), 2).stdout
+    assert f"`output_dir` = '{project}/mine/run' is not there on node 10.213.0.6; put it on storage that all" in said
+    assert "loading vLLM" not in said
+    cluster.kill(5)
+
+
 def test_stop_saves_first_and_the_same_submission_goes_on(cluster, project, warmup):
     command = [*submit(cluster, project, warmup, "trainer.steps=200", "trainer.save_steps=0"), "--name=long"]
     detached = rlattn(cluster, [*command, "--no-wait"]).stdout
@@ -175,7 +183,7 @@ def test_stop_saves_first_and_the_same_submission_goes_on(cluster, project, warm
     assert again.returncode == 143
 
 
-def test_a_lost_head_is_told_in_time_and_what_was_saved_goes_on(cluster, project, warmup, tmp_path_factory):
+def test_a_lost_head_is_told_in_time_and_what_was_saved_goes_on(cluster, project, warmup):
     command = [*submit(cluster, project, warmup, "trainer.steps=60"), "--name=headless"]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     follower = subprocess.Popen(command, env=cluster.environment, **out)
@@ -191,5 +199,5 @@ def test_a_lost_head_is_told_in_time_and_what_was_saved_goes_on(cluster, project
         cluster.start(number, 1, role=role)
     again = [*submit(cluster, project, warmup, "trainer.steps=60"), "--resume", "--name=again"]
     assert "60/60" in rlattn(cluster, again).stdout
-    assert saved >= 3
+    assert saved >= 2  # the third may have been logged, and not yet saved
     assert steps(project) == list(range(61))
