@@ -80,7 +80,7 @@ def main() -> None:
             if step % args.every == 0:
                 alive = [m for m in pool.fleet.members if m.info]
                 victim, how = draw.choice(alive), draw.choice([signal.SIGKILL, signal.SIGSTOP])
-                timer = threading.Timer(draw.uniform(0, 0.6), os.kill, (victim.info.pid, how))
+                timer = threading.Timer(draw.uniform(0, 0.6), os.kill, (victim.info.place.pid, how))
                 faults.append({"step": step, "engine": victim.seat.name, "signal": how.name})
                 timer.start()
             begun = time.perf_counter()

@@ -183,6 +183,9 @@ def _run_dir(path: Path) -> Path:
 
 
 def _line(error: BaseException) -> str:
+    """Our own errors whole, as they are written for people; of others the first line and the last."""
+    if type(error).__module__.startswith("rlattn."):
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 

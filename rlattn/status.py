@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rlattn.console import seconds, step_line
@@ -28,6 +28,7 @@ class Status:
         since: when it began, seconds since the epoch.
         pid: of the driver.
         host: of the driver.
+        detail: how far that phase is, where it tells.
     """
 
     step: int
@@ -36,13 +37,29 @@ class Status:
     since: float
     pid: int
     host: str
+    detail: str = ""
 
 
-def write_status(run_dir: Path, step: int, steps: int, phase: str) -> None:
-    """Say what begins now; readers never see half of it. A courtesy: a full disk is for others to complain about."""
-    status = Status(step, steps, phase, time.time(), os.getpid(), socket.gethostname())
-    with suppress(TrackingError):
-        write_atomically(run_dir / STATUS, json.dumps(asdict(status)).encode(), durable=False)
+class StatusFile:
+    """What a driver keeps for readers, who never see half of it. A courtesy: of a full disk others will complain."""
+
+    def __init__(self, run_dir: Path, steps: int) -> None:
+        self._path, self._steps = run_dir / STATUS, steps
+        self._status: Status | None = None
+
+    def phase(self, step: int, phase: str) -> None:
+        """Say what begins now."""
+        self._write(Status(step, self._steps, phase, time.time(), os.getpid(), socket.gethostname()))
+
+    def detail(self, text: str) -> None:
+        """Say how far it is."""
+        if self._status:
+            self._write(replace(self._status, detail=text))
+
+    def _write(self, status: Status) -> None:
+        self._status = status
+        with suppress(TrackingError):
+            write_atomically(self._path, json.dumps(asdict(status)).encode(), durable=False)
 
 
 def read_status(run_dir: Path) -> Status | None:
@@ -98,7 +115,8 @@ def _doing(status: Status | None) -> str:
     driver = f"driver {status.pid} on {status.host}"
     match alive(status):
         case True:
-            return f"running: {where} ({driver})"
+            detail = f": {status.detail}" if status.detail else ""
+            return f"running: {where} ({driver}){detail}"
         case False:
             return f"not running: ended at {place}; --resume goes on from the checkpoint"
         case _:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -24,8 +24,20 @@ CAUSE_S = 5.0  # how long after a failed call another actor's death may become k
 FETCH_S = 60.0  # longest wait for a result that is there already: only the copy
 FIRST_NOTE_S, NOTE_S = 5.0, 30.0  # when the user is told of a wait for room, and how often then
 SHARED_S = 120.0  # longest wait for nodes to look at shared paths; a worker is started for it
+LOG_LINES, LOG_BYTES = 6, 4096  # of its log's end that are shown, and read
 CAUSE_LINES = 12  # of a failed actor's own error that are shown
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # without GPUs: weights of small models and rollouts; larger objects spill to disk
+
+
+class Place(NamedTuple):
+    """Where an actor lives: its node's address and its process."""
+
+    node: str
+    pid: int
+
+
+_places: dict[str, Place] = {}  # of one driver's actors, by name: for the errors that name them
+_logs: list[str] = []  # where Ray keeps what they print, once it is started
 
 
 class ActorError(RuntimeError):
@@ -65,9 +77,9 @@ def start_ray(config: RunConfig, plan: Plan) -> str:
         )
     except ConnectionError as error:
         raise ActorError(f"no Ray cluster at ray.address={config.ray.address!r}: {_last_lines(error)}") from None
-    return (
-        f"{context.address_info['session_dir']}/logs" if "session_dir" in context.address_info else "(on the cluster)"
-    )
+    session = context.address_info.get("session_dir")
+    _logs[:] = [f"{session}/logs"] if session else []
+    return _logs[0] if _logs else "(on the cluster)"
 
 
 def local_cpus(config: RunConfig, plan: Plan) -> int:
@@ -174,8 +186,9 @@ def collect(calls: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float)
     while pending:
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            silent = ", ".join(names[ref] for ref in pending)
-            raise ActorLost(f"{phase}: no answer from {silent} within {timeout_s:g} s")
+            silent = [names[ref] for ref in pending]
+            where = "".join(map(whereabouts, silent))
+            raise ActorLost(f"{phase}: no answer from {', '.join(silent)} within {timeout_s:g} s{where}")
         trace.span(names[ready[0]], phase, start)
         try:
             answers[ready[0]] = outcome(ready[0], names[ready[0]], phase, FETCH_S)
@@ -205,11 +218,36 @@ def outcome(ref: ray.ObjectRef, name: str, phase: str, left_s: float, timeout_s:
         return ray.get(ref, timeout=max(0.0, left_s))
     except GetTimeoutError:
         limit = left_s if timeout_s is None else timeout_s
-        raise ActorLost(f"{phase}: no answer from {name} within {limit:g} s") from None
+        raise ActorLost(f"{phase}: no answer from {name} within {limit:g} s{whereabouts(name)}") from None
     except RayTaskError as error:
         raise ActorError(f"{phase}: {name} failed:\n{_last_lines(error)}") from None
     except RayError as error:
-        raise ActorLost(f"{phase}: {name} died:\n{_last_lines(error)}") from None
+        raise ActorLost(f"{phase}: {name} died:\n{_last_lines(error)}{whereabouts(name)}") from None
+
+
+def place() -> Place:
+    """Of this process."""
+    return Place(ray.util.get_node_ip_address(), os.getpid())
+
+
+def remember(name: str, where: Place) -> None:
+    """Have errors about an actor say where it lived, and show the end of its log where that can be read from here."""
+    _places[name] = where
+
+
+def whereabouts(name: str) -> str:
+    """Where an actor was, and the end of its log, as far as that is known here; lines for an error's end."""
+    if name not in _places:
+        return ""
+    node, pid = _places[name]
+    said = f"\n  it was process {pid} on node {node}"
+    for log in (path for folder in _logs for path in Path(folder).glob(f"worker-*-{pid}.err")):
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_BYTES))
+            end = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
+        if end:
+            said += f"; the end of its log {log}:" + "".join(f"\n    {line}" for line in end)
+    return said
 
 
 def _last_lines(error: Exception) -> str:

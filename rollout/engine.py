@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlattn.config import HeadsConfig
 from rlattn.kernels import AttentionStatistics, StatisticsOptions
+from rlattn.rollout.cluster import Place, place
 from rlattn.signals import HeadSums, SignalRows, reduce_rows
 from rlattn.types import ExtraSignal
 
@@ -53,11 +54,29 @@ class Completion:
 
 
 class EngineInfo(NamedTuple):
-    """A loaded engine's process id, the seconds that loading took, and how many requests it samples side by side."""
+    """Where a loaded engine lives, the seconds that loading took, and how many requests it samples side by side."""
 
-    pid: int
+    place: Place
     load_seconds: float
     max_num_seqs: int
+
+
+class Activity(NamedTuple):
+    """What an engine has been doing with a batch so far.
+
+    Attributes:
+        running, waiting: requests now being sampled, and in vLLM's queue.
+        most_waiting: there at a time.
+        prompt_tokens, cached_tokens: of the finished requests' prompts; those of them that the prefix cache had.
+        preemptions: how often a request lost its place in the KV cache to others, and was begun again.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    most_waiting: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
 
 
 class Engine:
@@ -79,15 +98,17 @@ class Engine:
         self._batch = 0
         self._rows: SignalRows | None = None
         self._numbers: dict[str, int] = {}  # of unfinished requests, by vLLM's name for them
+        self._prompt_tokens = self._cached_tokens = self._most_waiting = 0
+        self._preempted: dict[str, int] = {}  # how often, by request
 
     def info(self) -> EngineInfo:
         """What a fleet needs to know of a loaded engine."""
         most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        return EngineInfo(os.getpid(), self.load_seconds, most)
+        return EngineInfo(place(), self.load_seconds, most)
 
     def advance(
         self, batch: int, new: list[tuple[int, Request]], *, patience_s: float, top_p: float, max_tokens: int
-    ) -> dict[int, Completion]:
+    ) -> tuple[dict[int, Completion], Activity]:
         """Take `new` requests of a batch, sample for a while, and return what is finished, by request number.
 
         It ends when nothing is left, after `HEARTBEAT_S` seconds, or after `patience_s` once something is finished.
@@ -114,7 +135,28 @@ class Engine:
                 assert isinstance(output, RequestOutput)
                 if output.finished:
                     finished[self._numbers.pop(output.request_id)] = self._completion(output.outputs[0])
-        return finished
+                    self._prompt_tokens += len(output.prompt_token_ids or ())
+                    self._cached_tokens += output.num_cached_tokens or 0
+            self._look_at_queue()
+        return finished, self._activity()
+
+    def _activity(self) -> Activity:
+        running, waiting = self._scheduler.get_request_counts()
+        preemptions = sum(self._preempted.values())
+        tokens = self._prompt_tokens, self._cached_tokens
+        return Activity(running, waiting, self._most_waiting, *tokens, preemptions)
+
+    def _look_at_queue(self) -> None:
+        """Note its length, and who was sent back to it: vLLM counts that itself only with its statistics on."""
+        waiting = self._scheduler.get_request_counts()[1]
+        self._most_waiting = max(self._most_waiting, waiting)
+        if waiting:
+            self._preempted |= {r.request_id: r.num_preemptions for r in self._scheduler.waiting if r.num_preemptions}
+
+    @property
+    def _scheduler(self) -> Any:
+        core: Any = self.llm.llm_engine.engine_core
+        return core.engine_core.scheduler  # in this process, see `engine_env`
 
     def _enqueue(self, new: list[tuple[int, Request]], *, top_p: float, max_tokens: int) -> None:
         from vllm import SamplingParams, TokensPrompt
@@ -139,7 +181,8 @@ class Engine:
     def _drop(self) -> None:
         """Forget every request, and the keys and values of their prompts."""
         self.llm.llm_engine.abort_request(list(self._numbers))
-        self._numbers = {}
+        self._numbers, self._preempted = {}, {}
+        self._prompt_tokens = self._cached_tokens = self._most_waiting = 0
         self.llm.reset_prefix_cache()
 
     def _completion(self, output: CompletionOutput) -> Completion:
@@ -211,11 +254,15 @@ class Engine:
         self.version = None
         self.llm.collective_rpc("rlattn_begin_weights")
 
-    def load_bucket(self, bucket: dict[str, Tensor]) -> int:
-        """Load some full, unsharded CPU tensors under their Hugging Face names; returns their bytes."""
+    def load_bucket(self, bucket: dict[str, Tensor], expected: dict[str, str] | None = None) -> int:
+        """Load some full, unsharded CPU tensors under their Hugging Face names; returns their bytes.
+
+        Raises:
+            ValueError: they do not have the `expected` checksums.
+        """
         # Bytes pass to workers of every kind: in this process, or in others when the engine spans GPUs.
         contiguous = {name: tensor.contiguous() for name, tensor in bucket.items()}
-        self.llm.collective_rpc("rlattn_load_bucket", args=(save(contiguous),))
+        self.llm.collective_rpc("rlattn_load_bucket", args=(save(contiguous), expected))
         return sum(tensor.nbytes for tensor in contiguous.values())
 
     def finish_weights(self, version: int) -> None:

@@ -18,8 +18,8 @@ import ray
 
 from rlattn import trace
 from rlattn.config import RolloutConfig
-from rlattn.rollout.cluster import FETCH_S, ActorError, ActorLost, collect, outcome
-from rlattn.rollout.engine import HEARTBEAT_S, Completion, EngineInfo, Request
+from rlattn.rollout.cluster import FETCH_S, ActorError, ActorLost, collect, outcome, remember, whereabouts
+from rlattn.rollout.engine import HEARTBEAT_S, Activity, Completion, EngineInfo, Request
 from rlattn.rollout.placement import Seat
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ class Member:
         due: when that must be answered, by `time.monotonic`.
         began: when that began, by `time.perf_counter`.
         tokens, busy_s: sampled in the last batch, and how long that took.
+        activity: what it said last of that batch.
         losses: in a row, without a batch finished in between.
         again: earliest time to start it again.
     """
@@ -56,6 +57,7 @@ class Member:
     began: float = 0.0
     tokens: int = 0
     busy_s: float = 0.0
+    activity: Activity = field(default_factory=Activity)
     losses: int = 0
     again: float = 0.0
 
@@ -71,6 +73,7 @@ class Fleet:
     Attributes:
         members: one a seat.
         lost: how often one was lost.
+        watch: is told how far a batch is, whenever an engine says something.
         supply: gives a rebuilt member the weights that the others have; None where those on disk are still right.
     """
 
@@ -80,6 +83,7 @@ class Fleet:
         """`make` starts a seat's actor, `note` tells the user of losses."""
         self.config, self._make, self._note = config, make, note
         self.members = [Member(seat) for seat in seats]
+        self.watch: Callable[[str], None] = lambda text: None
         self.supply: Callable[[Member], object] | None = None
         self.lost = 0
         self._batch = 0
@@ -95,7 +99,11 @@ class Fleet:
         calls = {member.seat.name: member.actor.info.remote() for member in self.members}
         infos = collect(calls, phase="starting engines", timeout_s=self.config.start_timeout_s)
         for member, info in zip(self.members, infos, strict=True):
-            member.info = info
+            self._loaded(member, info)
+
+    def _loaded(self, member: Member, info: EngineInfo) -> None:
+        member.info = info
+        remember(member.seat.name, info.place)
 
     def everyone(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         """Every loaded engine's answer to the same call; one that is lost on the way gives none, and is rebuilt later.
@@ -129,13 +137,24 @@ class Fleet:
         return answers
 
     def metrics(self) -> dict[str, float]:
-        """`perf/tokens_per_second/<engine>` of the last batch's sampling, and `rollout/engines_lost` so far."""
+        """Of the last batch, and `rollout/engines_lost` so far.
+
+        `perf/tokens_per_second/<engine>` of its sampling, `rollout/prefix_cache_hit_rate` of prompt tokens,
+        `rollout/preemptions`, and `rollout/queue_depth`, the most requests that waited in one engine's queue.
+        """
         speeds = {
             f"perf/tokens_per_second/{member.seat.name}": member.tokens / member.busy_s
             for member in self.members
             if member.busy_s
         }
-        return speeds | {"rollout/engines_lost": float(self.lost)}
+        activities = [member.activity for member in self.members]
+        return speeds | {
+            "rollout/engines_lost": float(self.lost),
+            "rollout/prefix_cache_hit_rate": sum(a.cached_tokens for a in activities)
+            / max(1, sum(a.prompt_tokens for a in activities)),
+            "rollout/preemptions": float(sum(a.preemptions for a in activities)),
+            "rollout/queue_depth": float(max(a.most_waiting for a in activities)),
+        }
 
     def one(self, member: Member, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
         """One engine's answer to a call; ActorLost or ActorError where it does not come."""
@@ -158,7 +177,7 @@ class Fleet:
         self._batch += 1
         for member in self.members:
             member.units, member.unsent, member.call = [], [], member.call if member.info is None else None
-            member.tokens, member.busy_s = 0, 0.0
+            member.tokens, member.busy_s, member.activity = 0, 0.0, Activity()
         deadline = time.monotonic() + self.config.generate_timeout_s
         done: dict[int, Completion] = {}
         while left:
@@ -172,6 +191,7 @@ class Fleet:
             done, unfinished = self._wait(deadline, f"generating: {left} of {total} completions are missing")
             waiting.extendleft(reversed(unfinished))
             left -= len(done)
+            self.watch(f"{total - left} of {total} completions; {self._queues()}")
         yield done
         for member in self.members:
             member.losses = 0
@@ -201,6 +221,12 @@ class Fleet:
             if member.actor is not None:
                 ray.kill(member.actor)
         self.members = []
+
+    def _queues(self) -> str:
+        shown = [
+            f"{m.seat.name} {m.activity.running} running, {m.activity.waiting} waiting" for m in self.members if m.info
+        ]
+        return "; ".join(shown)
 
     def _check_open(self, phase: str) -> None:
         if not self.members:
@@ -259,7 +285,8 @@ class Fleet:
             if now >= member.due:
                 limit = self.config.silence_timeout_s if member.info else self.config.start_timeout_s
                 phase = "generating" if member.info else "starting engines"
-                return member, ActorLost(f"{phase}: no answer from {member.seat.name} within {limit:g} s")
+                silent = f"{phase}: no answer from {member.seat.name} within {limit:g} s"
+                return member, ActorLost(silent + whereabouts(member.seat.name))
         if now >= deadline:
             raise ActorError(f"{missing} after {self.config.generate_timeout_s:g} s")
         return None
@@ -273,11 +300,12 @@ class Fleet:
             info = outcome(answer, member.seat.name, "starting engines", FETCH_S)
             if self.supply:
                 self.supply(member)
-            member.info = info
+            self._loaded(member, info)
             trace.span(member.seat.name, "starting", member.began)
             self._note(f"{member.seat.name} is back")
             return {}
-        done: dict[int, Completion] = outcome(answer, member.seat.name, "generating", FETCH_S)
+        done: dict[int, Completion]
+        done, member.activity = outcome(answer, member.seat.name, "generating", FETCH_S)
         trace.span(member.seat.name, "sampling", member.began)
         member.busy_s += time.perf_counter() - member.began
         member.tokens += sum(len(completion.token_ids) for completion in done.values())
@@ -295,7 +323,7 @@ class Fleet:
         member.losses += 1
         self.lost += 1
         if member.losses > self.config.max_restarts:
-            raise ActorError(f"{error}\n  lost {member.losses} times in a row (rollout.max_restarts)") from None
+            raise ActorError(f"lost {member.losses} times in a row (rollout.max_restarts): {error}") from None
         delay = 0.0 if member.losses == 1 else min(2.0**member.losses, LONGEST_BACKOFF_S)
         member.again = time.monotonic() + delay
         first = str(error).splitlines()[0].rstrip(":")

@@ -22,6 +22,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rlattn.config import ConfigError, RunConfig
 from rlattn.kernels import capture_layers
 from rlattn.problem import Problem
+from rlattn.rollout.checksums import checksums
+from rlattn.rollout.cluster import outcome
 from rlattn.rollout.engine import Completion, Engine, Request
 from rlattn.rollout.engine_args import engine_args, engine_env
 from rlattn.rollout.fleet import Fleet
@@ -209,7 +211,11 @@ class RolloutPool:
             tell(f"{phase} (begin)", _left(deadline), lambda e: e.begin_weights.remote())
             sent = 0
             for index, bucket in enumerate(weights()):
-                sent += sum(tell(f"{phase} (bucket {index})", _left(deadline), partial(_load_bucket, bucket)))
+                expected = None
+                if self.config.rollout.check_weights:
+                    expected = checksums(outcome(bucket, "the object store", f"{phase} (checksums)", _left(deadline)))
+                load = partial(_load_bucket, bucket, expected)
+                sent += sum(tell(f"{phase} (bucket {index})", _left(deadline), load))
             tell(f"{phase} (finish)", _left(deadline), lambda e: e.finish_weights.remote(version))
             return sent
 
@@ -307,8 +313,8 @@ def request_seed(seed: int, step: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _load_bucket(bucket: ray.ObjectRef, engine: Any) -> ray.ObjectRef:
-    return engine.load_bucket.remote(bucket)
+def _load_bucket(bucket: ray.ObjectRef, expected: dict[str, str] | None, engine: Any) -> ray.ObjectRef:
+    return engine.load_bucket.remote(bucket, expected)
 
 
 def _left(deadline: float) -> float:

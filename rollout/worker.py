@@ -14,6 +14,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlattn.rollout.capture import CaptureExtension
+from rlattn.rollout.checksums import check, checksums
 
 
 class WeightsExtension:
@@ -34,11 +35,18 @@ class WeightsExtension:
         with torch.device(self._rlattn_device), set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(model)
 
-    def rlattn_load_bucket(self, bucket: bytes) -> None:
-        """Load some full, unsharded tensors under their Hugging Face names (`bucket` is safetensors bytes)."""
+    def rlattn_load_bucket(self, bucket: bytes, expected: dict[str, str] | None = None) -> None:
+        """Load some full, unsharded tensors under their Hugging Face names (`bucket` is safetensors bytes).
+
+        Raises:
+            ValueError: they do not have the `expected` checksums; names those that do not.
+        """
+        tensors = load(bucket)
+        if expected is not None:
+            check("this worker", expected, checksums(tensors))
         model = self.model_runner.get_model()
         with torch.device(self._rlattn_device), set_current_vllm_config(self.vllm_config):
-            loaded = model.load_weights(iter(load(bucket).items()))
+            loaded = model.load_weights(iter(tensors.items()))
         self._rlattn_missing = set() if loaded is None else self._rlattn_missing - loaded
 
     def rlattn_finish_weights(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlattn import packing
 from rlattn.config import RunConfig
-from rlattn.rollout.cluster import collect
+from rlattn.rollout.cluster import collect, remember
 from rlattn.rollout.placement import Seat
 from rlattn.trainers.rank import Rank
 from rlattn.types import Rollouts
@@ -45,6 +45,8 @@ class RankGroup:
 
     def endpoint(self) -> str:
         """Where the ranks meet: a free port on the first one's node."""
+        for name, where in zip(self.names, self.all("starting", [r.place.remote() for r in self.ranks]), strict=True):
+            remember(name, where)
         return self.all("rendezvous", [self.ranks[0].endpoint.remote()])[0]
 
     def save(self, folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from rlattn.config import PolicyConfig, RunConfig
+from rlattn.rollout.cluster import Place, place
 from rlattn.trainers.lora import Entry, entries
 from rlattn.trainers.rng import load_rng, save_rng, seed_rng
 
@@ -41,6 +42,10 @@ class Rank:
     def __init__(self, config: RunConfig, rank: int) -> None:
         self.config, self.rank = config, rank
         self.world = config.policy.ranks
+
+    def place(self) -> Place:
+        """Where this rank lives."""
+        return place()
 
     def endpoint(self) -> str:
         """A free `tcp://host:port` on this rank's node, for the ranks' rendezvous."""

@@ -23,7 +23,7 @@ from rlattn.rollout.cluster import ActorLost, check_shared, local_cpus, reserve,
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.placement import plan
 from rlattn.rollout.pool import RolloutPool, encode_prompts
-from rlattn.status import DONE, STOPPED, write_status
+from rlattn.status import DONE, STOPPED, StatusFile
 from rlattn.stopping import Stopped, stoppable
 from rlattn.tasks import Task, load_task
 from rlattn.tracking import Tracker, read_metrics
@@ -115,7 +115,7 @@ def run(
     if checkpoints.copies:
         with console.phase("copying the last checkpoint"):
             checkpoints.copies.finish()
-    write_status(config.output_dir, config.trainer.steps, config.trainer.steps, DONE)
+    StatusFile(config.output_dir, config.trainer.steps).phase(config.trainer.steps, DONE)
     report = write_report(config.output_dir)
     accuracy = [line["eval/accuracy"] for line in read_metrics(config.output_dir) if "eval/accuracy" in line]
     before, after = (accuracy[0], accuracy[-1]) if accuracy else (None, None)
@@ -183,7 +183,9 @@ def loop(
         save_rng(folder / "rng" / DRIVER)
 
     first, last = 0, config.trainer.steps
-    trainer.tell = lambda step, phase: write_status(config.output_dir, step + 1, last, phase)
+    status = StatusFile(config.output_dir, last)
+    trainer.tell = lambda step, phase: status.phase(step + 1, phase)
+    trainer.rollout.fleet.watch = status.detail
     if checkpoint:
         state = checkpoints.state(checkpoint)
         first, trainer.groups = state["step"], state["head_groups"]

@@ -37,6 +37,9 @@ class RolloutConfig(Section):
     """Skip compilation and CUDA graphs: starts sooner, generates slower."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Passed to `vllm.LLM` as they are; keys that rlattn sets are refused."""
+    check_weights: bool = False
+    """Compare checksums of every tensor as an engine's workers receive it with the policy's; costs a pass over the
+    weights on both sides."""
     start_timeout_s: Seconds = 600
     """Longest wait for an engine to load."""
     silence_timeout_s: Seconds = 180

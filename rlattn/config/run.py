@@ -22,6 +22,7 @@ from rlattn.config.trainer import TrainerConfig
 FREE = (
     "output_dir",
     "ray.",
+    "rollout.check_weights",
     "rollout.max_restarts",
     "trainer.best_metric",
     "trainer.checkpoint_url",

@@ -11,7 +11,7 @@ import pytest
 
 from rlattn import trace
 from rlattn.cli import main
-from rlattn.status import DONE, STATUS, Status, alive, describe, read_status, write_status
+from rlattn.status import DONE, STATUS, Status, StatusFile, alive, describe, read_status
 from rlattn.timing import PhaseTimer
 from rlattn.tracking import Tracker
 
@@ -29,7 +29,8 @@ def test_a_run_that_works(run_dir, capsys):
             6,
             {"timing_s/step": 3.0, "reward": 0.5, "perf/tokens_per_second/engine 0": 4812.4, "rollout/engines_lost": 1},
         )
-    write_status(run_dir, 7, 16, "generate")
+    status = StatusFile(run_dir, 16)
+    status.phase(7, "generate")
     folder = run_dir / "checkpoints" / "step-4"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
@@ -41,11 +42,15 @@ def test_a_run_that_works(run_dir, capsys):
     assert shown[2] == "sampled    engine 0 4,812 tok/s; 1 lost so far"
     assert shown[3] == "accuracy   25.0% at step 0"
     assert shown[4].startswith("checkpoint step-4, ")
+    status.detail("312 of 512 completions")
+    assert describe(run_dir)[0].endswith(": 312 of 512 completions")
+    status.phase(7, "score")
+    assert describe(run_dir)[0].endswith(")")  # which says nothing of the phase before
 
 
 def test_a_killed_run_says_where_it_ended(run_dir):
     code = "import sys; from pathlib import Path; from rlattn import status; "
-    code += "status.write_status(Path(sys.argv[1]), 3, 9, 'update')"
+    code += "status.StatusFile(Path(sys.argv[1]), 9).phase(3, 'update')"
     subprocess.run([sys.executable, "-P", "-c", code, str(run_dir)], check=True, timeout=60)
     assert alive(read_status(run_dir)) is False
     assert describe(run_dir) == ["not running: ended at step 3 of 9, update; --resume goes on from the checkpoint"]
@@ -56,7 +61,7 @@ def test_runs_elsewhere_and_runs_that_are_done_or_have_not_begun(run_dir):
     other = Status(3, 9, "score", time.time(), 1, "another-host")
     (run_dir / STATUS).write_text(json.dumps(vars(other)))
     assert "on another-host, which cannot be asked from here" in describe(run_dir)[0]
-    write_status(run_dir, 9, 9, DONE)
+    StatusFile(run_dir, 9).phase(9, DONE)
     assert describe(run_dir) == ["done: all 9 steps"]
 
 

@@ -30,7 +30,7 @@ def test_signals_from_engines_are_the_policys(local_ray, tokenizer, tmp_path: Pa
     try:
         rollouts = pool.generate(PROBLEMS, 4, seed=0, step=0)
         first = pool.score(rollouts, None, ("fai_all",))
-        os.kill(pool.fleet.members[0].info.pid, signal.SIGKILL)
+        os.kill(pool.fleet.members[0].info.place.pid, signal.SIGKILL)
         again = pool.score(rollouts, first.signals.groups.tolist(), ("fai_all",))
     finally:
         pool.shutdown()
