@@ -79,6 +79,14 @@ class Activity(NamedTuple):
     preemptions: int = 0
 
 
+class Progress(NamedTuple):
+    """What an engine has finished, which requests it gave up as too long, and what it is doing now."""
+
+    finished: dict[int, Completion]
+    cut: list[int]
+    activity: Activity
+
+
 class Engine:
     """A `vllm.LLM` and the version of the weights it holds.
 
@@ -107,9 +115,20 @@ class Engine:
         return EngineInfo(place(), self.load_seconds, most)
 
     def advance(
-        self, batch: int, new: list[tuple[int, Request]], *, patience_s: float, top_p: float, max_tokens: int
-    ) -> tuple[dict[int, Completion], Activity]:
+        self,
+        batch: int,
+        new: list[tuple[int, Request]],
+        *,
+        patience_s: float,
+        top_p: float,
+        max_tokens: int,
+        longest: int | None = None,
+        group: int = 1,
+    ) -> Progress:
         """Take `new` requests of a batch, sample for a while, and return what is finished, by request number.
+
+        A completion of more than `longest` tokens is given up, and with it its group: requests whose numbers give the
+        same quotient by `group`.
 
         It ends when nothing is left, after `HEARTBEAT_S` seconds, or after `patience_s` once something is finished.
         What is left of another batch is dropped first. What is sampled depends only on the requests and the weights:
@@ -127,6 +146,7 @@ class Engine:
             self._batch = batch
         self._enqueue(new, top_p=top_p, max_tokens=max_tokens)
         finished: dict[int, Completion] = {}
+        cut: list[int] = []
         start = time.monotonic()
         while self.llm.llm_engine.has_unfinished_requests():
             if time.monotonic() - start > (patience_s if finished else HEARTBEAT_S):
@@ -137,8 +157,19 @@ class Engine:
                     finished[self._numbers.pop(output.request_id)] = self._completion(output.outputs[0])
                     self._prompt_tokens += len(output.prompt_token_ids or ())
                     self._cached_tokens += output.num_cached_tokens or 0
+            if longest is not None:
+                cut += self._cut(longest, group)
             self._look_at_queue()
-        return finished, self._activity()
+        return Progress(finished, cut, self._activity())
+
+    def _cut(self, longest: int, group: int) -> list[int]:
+        """Give up the groups of requests that have more tokens than `longest`; returns the numbers given up."""
+        requests = self._scheduler.requests.values()
+        long = {r.request_id.partition("-")[0] for r in requests if r.num_output_tokens > longest}
+        groups = {self._numbers[name] // group for name in long & self._numbers.keys()}
+        names = [name for name, number in self._numbers.items() if number // group in groups]
+        self.llm.llm_engine.abort_request(names)
+        return [self._numbers.pop(name) for name in names]
 
     def _activity(self) -> Activity:
         running, waiting = self._scheduler.get_request_counts()

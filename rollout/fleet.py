@@ -19,7 +19,7 @@ import ray
 from rlattn import trace
 from rlattn.config import RolloutConfig
 from rlattn.rollout.cluster import FETCH_S, ActorError, ActorLost, collect, outcome, remember, whereabouts
-from rlattn.rollout.engine import HEARTBEAT_S, Activity, Completion, EngineInfo, Request
+from rlattn.rollout.engine import HEARTBEAT_S, Activity, Completion, EngineInfo, Progress, Request
 from rlattn.rollout.placement import Seat
 
 T = TypeVar("T")
@@ -87,6 +87,7 @@ class Fleet:
         self.supply: Callable[[Member], object] | None = None
         self.lost = 0
         self._batch = 0
+        self._cut: list[int] = []  # requests that the last answer has given up
 
     def start(self) -> None:
         """Start every engine and wait until all are loaded.
@@ -161,9 +162,17 @@ class Fleet:
         return [outcome(call(member.actor), member.seat.name, phase, timeout_s, timeout_s)]
 
     def run(
-        self, units: Iterable[Unit], *, patience_s: float = HEARTBEAT_S, **sampling: Any
+        self,
+        units: Iterable[Unit],
+        *,
+        patience_s: float = HEARTBEAT_S,
+        longest: Callable[[], int | None] = lambda: None,
+        **sampling: Any,
     ) -> Iterator[dict[int, Completion]]:
         """Sample every request; yields completions by their number, those of `patience_s` seconds together.
+
+        What `longest` says is passed to the engines with every call: completions longer than that are given up, see
+        `Engine.advance`, and not among those yielded.
 
         Engines go on while the caller is at work, and drop what they still have of an earlier batch.
 
@@ -184,13 +193,15 @@ class Fleet:
             self._check_open("generating")  # another thread may shut it down
             self._deal(waiting)
             for member in self.members:
-                self._call(member, sampling, min(patience_s, FEEDING_S) if waiting else patience_s)
+                asked = sampling | {"longest": longest()}
+                self._call(member, asked, min(patience_s, FEEDING_S) if waiting else patience_s)
             if done:
                 yield done
                 done = {}
             done, unfinished = self._wait(deadline, f"generating: {left} of {total} completions are missing")
             waiting.extendleft(reversed(unfinished))
-            left -= len(done)
+            left -= len(done) + len(self._cut)
+            self._cut = []
             self.watch(f"{total - left} of {total} completions; {self._queues()}")
         yield done
         for member in self.members:
@@ -304,13 +315,13 @@ class Fleet:
             trace.span(member.seat.name, "starting", member.began)
             self._note(f"{member.seat.name} is back")
             return {}
-        done: dict[int, Completion]
-        done, member.activity = outcome(answer, member.seat.name, "generating", FETCH_S)
+        progress: Progress = outcome(answer, member.seat.name, "generating", FETCH_S)
+        done, self._cut, member.activity = progress
         trace.span(member.seat.name, "sampling", member.began)
         member.busy_s += time.perf_counter() - member.began
         member.tokens += sum(len(completion.token_ids) for completion in done.values())
         for unit in member.units:
-            for number in unit.keys() & done.keys():
+            for number in unit.keys() & {*done, *self._cut}:
                 del unit[number]
         member.units = [unit for unit in member.units if unit]
         return done

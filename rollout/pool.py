@@ -27,11 +27,13 @@ from rlattn.rollout.cluster import outcome
 from rlattn.rollout.engine import Completion, Engine, Request
 from rlattn.rollout.engine_args import engine_args, engine_env
 from rlattn.rollout.fleet import Fleet
+from rlattn.rollout.long_tail import Shortest
 from rlattn.rollout.placement import Plan, Seat
 from rlattn.rollout.scoring import score_signals
 from rlattn.signals import HeadGroups
 from rlattn.types import ExtraSignal, Rollouts, Scores
 
+CUT_PATIENCE_S = 0.25  # likewise, where it may show that others are too long
 STREAM_PATIENCE_S = 0.1  # how long what is finished may wait for more, where somebody saves it
 
 Tell = Callable[[str, float, Callable[[Any], ray.ObjectRef]], list[Any]]
@@ -107,6 +109,7 @@ class RolloutPool:
         first: int = 0,
         temperature: float | None = None,
         max_tokens: int | None = None,
+        keep: int | None = None,
     ) -> Rollouts:
         """Sample `num_generations` completions a problem; sequence b answers problem b // num_generations.
 
@@ -121,6 +124,8 @@ class RolloutPool:
             first: how many sequences of this step were sampled before.
             temperature: of sampling, 0 is greedy; `rollout.temperature` if None.
             max_tokens: of a completion; `rollout.max_completion_length` if None.
+            keep: problems whose completions are returned, those that end soonest (see `rlattn.rollout.long_tail`); all
+                if None.
 
         Raises:
             ValueError: no problems, a prompt that does not fit, or `max_tokens` outside 1..max_completion_length.
@@ -141,9 +146,18 @@ class RolloutPool:
         done: dict[int, Completion] = {}
         numbered = list(enumerate(requests))
         units = [numbered[i : i + num_generations] for i in range(0, len(numbered), num_generations)]
-        for part in self.fleet.run(units, **sampling):
+        if keep is None or keep >= len(problems):
+            for part in self.fleet.run(units, **sampling):
+                done |= part
+            return self._pack(problems, prompts, [done[place] for place in range(len(requests))])
+        shortest = Shortest(num_generations, keep)
+        sampling |= {"group": num_generations}
+        for part in self.fleet.run(units, patience_s=CUT_PATIENCE_S, longest=shortest.longest, **sampling):
             done |= part
-        return self._pack(problems, prompts, [done[place] for place in range(len(requests))])
+            shortest.add({number: len(completion.token_ids) for number, completion in part.items()})
+        kept = shortest.groups()
+        places = [place for group in kept for place, _ in units[group]]
+        return self._pack([problems[group] for group in kept], [prompts[p] for p in places], [done[p] for p in places])
 
     def stream(self, asks: Sequence[Ask], *, seed: int) -> Iterator[tuple[int, list[tuple[str, Completion]]]]:
         """Sample what is asked; yields the index of each ask with its texts and completions when all are finished.
@@ -165,7 +179,7 @@ class RolloutPool:
             units.append(list(enumerate(requests, len(index_of))))
             index_of += [index] * ask.samples
         waiting: dict[int, dict[int, Completion]] = {index: {} for index in range(len(asks))}
-        sampling = {"top_p": rollout.top_p, "max_tokens": rollout.max_completion_length}
+        sampling: dict[str, Any] = {"top_p": rollout.top_p, "max_tokens": rollout.max_completion_length}
         for part in self.fleet.run(units, patience_s=STREAM_PATIENCE_S, **sampling):
             for place, completion in part.items():
                 index = index_of[place]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -67,8 +68,9 @@ class Trainer(ABC):
         self.asked = {"eval": task} | {  # what evaluation asks, by the prefix of its metrics
             f"eval/{named.name}": task for named, task in zip(config.trainer.eval_tasks, benchmarks, strict=True)
         }
-        self.prompts = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed)
-        self.refills = PromptSchedule(task.train, config.trainer.prompts_per_step, config.seed + REFILL_SEED)
+        drawn = ceil(config.trainer.prompts_per_step * config.rollout.oversampling)
+        self.prompts = PromptSchedule(task.train, drawn, config.seed)
+        self.refills = PromptSchedule(task.train, drawn, config.seed + REFILL_SEED)
         self.groups: list[list[int]] | None = None  # the last step's head groups, for reuse and turnover
 
     def timer(self, step: int) -> PhaseTimer:
@@ -125,7 +127,8 @@ class Trainer(ABC):
             prompts = self.refills.at(step * (most - 1) + index - 1) if index else self.prompts.at(step)
             with timer("generate"):
                 first = index * len(prompts) * generations
-                rollouts = self.rollout.generate(prompts, generations, seed=config.seed, step=step, first=first)
+                keep, seed = config.trainer.prompts_per_step, config.seed
+                rollouts = self.rollout.generate(prompts, generations, seed=seed, step=step, first=first, keep=keep)
             with timer("reward"):
                 return self.reward(rollouts, failures)
 

@@ -22,6 +22,9 @@ class RolloutConfig(Section):
     """Tokens; a longer prompt is an error, never cut."""
     max_completion_length: Positive = 1024
     """Tokens; a completion that reaches it is marked truncated."""
+    oversampling: Annotated[float, Field(ge=1, le=4)] = 1.0
+    """Prompts sampled for each that a batch needs: the groups that end soonest are kept, the others cut short. Bounds
+    the wait for long completions, and favours prompts with short ones."""
     steps_ahead: Annotated[int, Field(ge=0, le=1)] = 0
     """1 samples and rewards the next step's batch while this one is learned, so by weights one update older; needs
     `algorithm.vllm_importance_sampling_correction`. Pays where engines and policy have devices of their own."""

@@ -120,6 +120,27 @@ class TestPool:
         with pytest.raises(ValueError, match=f"max_tokens={MAX_COMPLETION + 1} must lie in 1..{MAX_COMPLETION}"):
             pool.generate(PROBLEMS, 2, seed=0, step=0, max_tokens=MAX_COMPLETION + 1)
 
+    def test_the_shortest_groups_are_kept_and_equal_those_of_a_whole_batch(self, pool) -> None:
+        count, keep = 200, 5
+        problems = [Problem(f"q{i}", f"what is {i}+{i * 7 % 5}?", None) for i in range(count)]
+        undecided = make_model(tied=pool.tied, seed=0)
+        for weight in {undecided.lm_head.weight, undecided.model.embed_tokens.weight}:
+            weight.data *= 0.1  # nearly uniform next tokens, the end among them
+        load(pool, undecided, version=3)
+        how = {"seed": 5, "step": 2}
+        whole = pool.generate(problems, 2, **how)
+        lengths = (whole.lengths - whole.prompt_lengths).reshape(count, 2).amax(1).tolist()
+        expected = sorted(sorted(range(count), key=lambda group: (lengths[group], group))[:keep])
+        assert len(set(lengths)) > 3  # there is something to choose
+        kept = pool.generate(problems, 2, keep=keep, **how)
+        assert [problem.id for problem in kept.problems[::2]] == [f"q{group}" for group in expected]
+        chosen = whole.take([2 * group + i for group in expected for i in range(2)])
+        assert torch.equal(kept.token_ids, chosen.token_ids)
+        assert kept.group_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        again = pool.generate(problems, 2, **how)
+        assert torch.equal(again.token_ids, whole.token_ids)  # nothing of the cut requests is left
+        load(pool, make_model(tied=pool.tied, seed=0), version=0)
+
     def test_long_prompt_is_named(self, pool) -> None:
         long = Problem("too-long", "x" * (MAX_PROMPT + 1), None)
         with pytest.raises(
