@@ -71,3 +71,27 @@ def policy_of(settings, model_path):
         yield policy
     finally:
         remove_placement_group(group)
+
+
+TINY_RUN = [
+    "task.options.format_reward=0.5",  # a barely trained model is seldom right, but its groups must differ
+    "task.options.train_size=2000",
+    "task.options.test_size=16",
+    "model.warmup.hidden_size=64",
+    "model.warmup.intermediate_size=128",
+    "model.warmup.num_layers=3",
+    "model.warmup.num_heads=4",
+    "model.warmup.num_kv_heads=2",
+    "model.warmup.steps=120",
+    "rollout.num_generations=4",
+    "rollout.max_completion_length=48",
+    "rollout.kv_cache_gib=0.05",
+    "policy.ranks=2",
+    "policy.cpus_per_rank=1",
+    "policy.deepspeed={zero_optimization: {stage: 3}}",
+    "trainer.prompts_per_step=6",
+    "trainer.eval_steps=2",
+    "trainer.save_steps=1",
+    "trainer.log_completions=2",
+]
+"""Overrides that make the quickstart a matter of seconds: ZeRO-3 over two ranks, a checkpoint a step."""

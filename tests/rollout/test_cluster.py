@@ -44,7 +44,7 @@ def test_local_ray_smaller_than_the_run_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_reserve_says_what_is_asked_and_what_there_is(local_ray) -> None:
+def test_reserve_says_what_is_asked_and_what_there_is(local_ray, monkeypatch) -> None:
     from rlattn.rollout.cluster import ActorError, reserve
 
     config = run_config(policy={"gpus_per_rank": 0, "ranks": 9})
@@ -55,6 +55,11 @@ def test_reserve_says_what_is_asked_and_what_there_is(local_ray) -> None:
     late = run_config(policy={"gpus_per_rank": 0, "ranks": 3}, ray={"placement_timeout_s": 1})
     with pytest.raises(ActorError, match=r"after 1 s: .* 4 CPUs \(0 free\)"):
         reserve(late, plan(late))
+    notes: list[str] = []
+    monkeypatch.setattr("rlattn.rollout.cluster.FIRST_NOTE_S", 0.2)
+    with pytest.raises(ActorError, match="after 1 s"):
+        reserve(late, plan(late), notes.append)
+    assert notes == ["waiting for room, 0 of 1 s: the cluster has 4 CPUs (0 free), 0 GPUs (0 free)"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 
 from rlattn.tracking import read_metrics
 from rlattn.trainers.manifest import damage
+from tests.make import TINY_RUN
 from tests.nodes import Nodes, namespaces_allowed, wait_for
 
 pytestmark = [
@@ -18,27 +19,10 @@ pytestmark = [
 RLATTN = [sys.executable, "-P", "-m", "rlattn.cli"]
 TIMEOUT = 500
 TINY = [
-    "task.options.format_reward=0.5",
-    "task.options.train_size=2000",
-    "task.options.test_size=16",
+    *TINY_RUN,
     "rewards.functions=[{function: 'my_rewards.py:brevity'}]",
     "trainer.eval_tasks=[{name: gsm8k, options: {data: data, instruction: ''}}]",
-    "model.warmup.hidden_size=64",
-    "model.warmup.intermediate_size=128",
-    "model.warmup.num_layers=3",
-    "model.warmup.num_heads=4",
-    "model.warmup.num_kv_heads=2",
-    "model.warmup.steps=120",
-    "rollout.num_generations=4",
-    "rollout.max_completion_length=48",
-    "rollout.kv_cache_gib=0.05",
-    "policy.ranks=2",
-    "policy.cpus_per_rank=1",
-    "policy.deepspeed={zero_optimization: {stage: 3}}",
-    "trainer.prompts_per_step=6",
     "trainer.eval_steps=12",
-    "trainer.save_steps=1",
-    "trainer.log_completions=2",
     "ray.policy_labels={role: policy}",
     "ray.rollout_labels={role: rollout}",
 ]
