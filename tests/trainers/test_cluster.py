@@ -113,11 +113,11 @@ def test_a_job_outlives_the_loss_of_its_nodes_and_ends_as_it_would_have_here(clu
     hit = subprocess.Popen(
         command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for(lambda: len(steps(project)) >= 2, "two steps", 200)
+    wait_for(lambda: len(steps(project)) >= 2, "two steps", 300)
     cluster.kill(2)
     cluster.start(3, 1, role="rollout")
     seen = len(steps(project))
-    wait_for(lambda: len(steps(project)) >= seen + 2, "two more steps", 200)
+    wait_for(lambda: len(steps(project)) >= seen + 2, "two more steps", 300)
     cluster.kill(1)
     cluster.start(4, 1, role="policy")
     said = hit.communicate(timeout=TIMEOUT)[0]
@@ -141,14 +141,13 @@ def test_storage_that_a_node_does_not_see_is_named_before_anything_is_loaded(clu
     said = rlattn(cluster, submit(cluster, project, warmup, *apart), 2).stdout
     assert f"`output_dir` = '{project}/mine/run' is not there on node 10.213.0.6; put it on storage that all" in said
     assert "loading vLLM" not in said
-    cluster.kill(5)
 
 
 def test_stop_saves_first_the_same_submission_goes_on_and_a_lost_head_is_told(cluster, project, warmup):
     command = [*submit(cluster, project, warmup, "trainer.steps=200", "trainer.save_steps=0"), "--name=long"]
     detached = rlattn(cluster, [*command, "--no-wait"]).stdout
     job = next(word for word in detached.split() if word.startswith("long-"))
-    wait_for(lambda: steps(project)[-1:] >= [2], "two steps", 200)
+    wait_for(lambda: steps(project)[-1:] >= [2], "two steps", 300)
     rlattn(cluster, [*RLATTN, "stop", job, f"--address={cluster.address}"])
     last = steps(project)[-1]
     assert last < 200
@@ -158,7 +157,7 @@ def test_stop_saves_first_the_same_submission_goes_on_and_a_lost_head_is_told(cl
     assert [job, "stopped"] in [line.split()[:2] for line in jobs(cluster).splitlines()]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     again = subprocess.Popen([*command, "--resume"], env=cluster.environment, **out)
-    wait_for(lambda: steps(project)[-1] > last, "a further step", 200)
+    wait_for(lambda: steps(project)[-1] > last, "a further step", 300)
     assert steps(project)[: last + 2] == list(range(last + 2))
     for number in list(cluster.running):  # the head with the driver among them
         cluster.kill(number)
