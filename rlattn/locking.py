@@ -24,7 +24,8 @@ def locked(folder: Path, other: str) -> Iterator[int]:
         ConfigError: `other` works in that folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    lock = folder / ".lock"
+    with open(lock, "w") as file:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -34,4 +35,9 @@ def locked(folder: Path, other: str) -> Iterator[int]:
                 if time.monotonic() > deadline:
                     raise ConfigError(f"{other} works in {folder}") from None
                 time.sleep(0.2)
-        yield file.fileno()
+        try:
+            yield file.fileno()
+        finally:
+            if folder.is_dir() and list(folder.iterdir()) == [lock]:  # nothing came of it
+                lock.unlink()
+                folder.rmdir()

@@ -23,6 +23,7 @@ from rlattn.rollout.placement import Plan, on_gpu
 CAUSE_S = 5.0  # how long after a failed call another actor's death may become known
 FETCH_S = 60.0  # longest wait for a result that is there already: only the copy
 FIRST_NOTE_S, NOTE_S = 5.0, 30.0  # when the user is told of a wait for room, and how often then
+PAUSE_S = 0.05  # between two looks, where the last ended at once
 SHARED_S = 120.0  # longest wait for nodes to look at shared paths; a worker is started for it
 LOG_LINES, LOG_BYTES = 6, 4096  # of its log's end that are shown, and read
 CAUSE_LINES = 12  # of a failed actor's own error that are shown
@@ -105,17 +106,20 @@ def reserve(config: RunConfig, plan: Plan, note: Callable[[str], None] = lambda 
     )
     # A local Ray never grows, so there is nothing to wait for.
     timeout = 0.0 if config.ray.address is None and _short(plan) else config.ray.placement_timeout_s
-    start, pause = time.monotonic(), FIRST_NOTE_S
-    while not group.wait(max(0.0, min(pause, start + timeout - time.monotonic()))):
-        waited = time.monotonic() - start
-        if waited >= timeout:
+    start = time.monotonic()
+    due = start + FIRST_NOTE_S
+    while not group.wait(min(1, timeout)):  # Ray counts whole seconds
+        now = time.monotonic()
+        if now - start >= timeout:
             remove_placement_group(group)
             raise ActorError(
                 f"no room for the run's actors{f' after {timeout:g} s' if timeout else ''}: they ask for {plan.cpus} "
                 f"CPUs and {plan.gpus:g} GPUs in bundles {plan.bundles}; the cluster has {_has()}{_short(plan)}"
             )
-        note(f"waiting for room, {waited:.0f} of {timeout:g} s: the cluster has {_has()}{_short(plan)}")
-        pause = NOTE_S
+        if now >= due:
+            note(f"waiting for room, {now - start:.0f} of {timeout:g} s: the cluster has {_has()}{_short(plan)}")
+            due = now + NOTE_S
+        time.sleep(PAUSE_S)
     return group
 
 

@@ -57,9 +57,10 @@ def test_reserve_says_what_is_asked_and_what_there_is(local_ray, monkeypatch) ->
         reserve(late, plan(late))
     notes: list[str] = []
     monkeypatch.setattr("rlattn.rollout.cluster.FIRST_NOTE_S", 0.2)
-    with pytest.raises(ActorError, match="after 1 s"):
-        reserve(late, plan(late), notes.append)
-    assert notes == ["waiting for room, 0 of 1 s: the cluster has 4 CPUs (0 free), 0 GPUs (0 free)"]
+    later = run_config(policy={"gpus_per_rank": 0, "ranks": 3}, ray={"placement_timeout_s": 2.5})
+    with pytest.raises(ActorError, match=r"after 2\.5 s"):
+        reserve(later, plan(later), notes.append)
+    assert notes == ["waiting for room, 1 of 2.5 s: the cluster has 4 CPUs (0 free), 0 GPUs (0 free)"]
 
 
 @pytest.mark.slow
