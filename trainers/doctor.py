@@ -7,15 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import ray
-from rich.text import Text
 
 from rlattn.config import ConfigError
 from rlattn.console import Console
 from rlattn.doctor import CHECKS, Finding, examine
 from rlattn.rollout.fit import amounts
 from rlattn.trainers.jobs import JobServer
-
-MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,10 +24,9 @@ def run(args: argparse.Namespace) -> int:
     with Console() as console:
         for finding in examine(checks):
             failed += finding.level == "fail"
-            mark, colour = MARKS[finding.level]
-            console.show(Text.assemble((mark, colour), "  ", finding.text, no_wrap=True, overflow="ignore"))
+            console.note(f"{finding.level.upper() if finding.level == 'fail' else finding.level:<4}  {finding.text}")
             if finding.advice:
-                console.show(Text(f"      -> {finding.advice}", no_wrap=True, overflow="ignore"))
+                console.note(f"      -> {finding.advice}")
     return int(failed > 0)
 
 
