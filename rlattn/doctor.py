@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -228,8 +229,6 @@ def environment() -> Iterator[Finding]:
 
 
 def _reachable(host: str) -> bool:
-    import socket
-
     try:
         socket.create_connection((host, 443), timeout=3).close()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from rlattn.config import ConfigError
 from rlattn.rollout.placement import Plan
@@ -85,16 +86,10 @@ def ranges(names: Iterable[str]) -> list[str]:
         numbers.setdefault(stem, []).append(int(number))
     shown = []
     for stem, found in numbers.items():
-        first = last = None
-        runs: list[str] = []
-        for number in [*sorted(found), None]:
-            if last is not None and number == last + 1:
-                last = number
-                continue
-            if first is not None:
-                runs.append(str(first) if first == last else f"{first}-{last}")
-            first = last = number
-        shown.append(f"{stem} {','.join(runs)}")
+        # In a run of neighbours a number and its place among all grow alike.
+        runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(found)), lambda pair: pair[1] - pair[0])]
+        spans = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+        shown.append(f"{stem} {','.join(spans)}")
     return shown
 
 

@@ -87,7 +87,6 @@ class Fleet:
         self.supply: Callable[[Member], object] | None = None
         self.lost = 0
         self._batch = 0
-        self._cut: list[int] = []  # requests that the last answer has given up
 
     def start(self) -> None:
         """Start every engine and wait until all are loaded.
@@ -182,26 +181,25 @@ class Fleet:
         """
         self._check_open("generating")
         waiting = deque(dict(unit) for unit in units)
-        left = total = sum(map(len, waiting))
         self._batch += 1
         for member in self.members:
             member.units, member.unsent, member.call = [], [], member.call if member.info is None else None
             member.tokens, member.busy_s, member.activity = 0, 0.0, Activity()
+        left = total = self._missing(waiting)
         deadline = time.monotonic() + self.config.generate_timeout_s
         done: dict[int, Completion] = {}
         while left:
             self._check_open("generating")  # another thread may shut it down
             self._deal(waiting)
+            asked = sampling | {"longest": longest()}
             for member in self.members:
-                asked = sampling | {"longest": longest()}
                 self._call(member, asked, min(patience_s, FEEDING_S) if waiting else patience_s)
             if done:
                 yield done
                 done = {}
             done, unfinished = self._wait(deadline, f"generating: {left} of {total} completions are missing")
             waiting.extendleft(reversed(unfinished))
-            left -= len(done) + len(self._cut)
-            self._cut = []
+            left = self._missing(waiting)
             self.watch(f"{total - left} of {total} completions; {self._queues()}")
         yield done
         for member in self.members:
@@ -232,6 +230,11 @@ class Fleet:
             if member.actor is not None:
                 ray.kill(member.actor)
         self.members = []
+
+    def _missing(self, waiting: Iterable[dict[int, Request]]) -> int:
+        """Requests that nobody has finished or given up; a pool that is shut down has no say in that."""
+        self._check_open("generating")
+        return sum(map(len, waiting)) + sum(member.load for member in self.members)
 
     def _queues(self) -> str:
         shown = [
@@ -316,12 +319,12 @@ class Fleet:
             self._note(f"{member.seat.name} is back")
             return {}
         progress: Progress = outcome(answer, member.seat.name, "generating", FETCH_S)
-        done, self._cut, member.activity = progress
+        done, cut, member.activity = progress
         trace.span(member.seat.name, "sampling", member.began)
         member.busy_s += time.perf_counter() - member.began
         member.tokens += sum(len(completion.token_ids) for completion in done.values())
         for unit in member.units:
-            for number in unit.keys() & {*done, *self._cut}:
+            for number in unit.keys() & {*done, *cut}:
                 del unit[number]
         member.units = [unit for unit in member.units if unit]
         return done

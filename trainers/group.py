@@ -44,7 +44,7 @@ class RankGroup:
         ]
 
     def endpoint(self) -> str:
-        """Where the ranks meet: a free port on the first one's node."""
+        """Where the ranks meet: a free port on the first one's node. From here on errors say where each rank lives."""
         for name, where in zip(self.names, self.all("starting", [r.place.remote() for r in self.ranks]), strict=True):
             remember(name, where)
         return self.all("rendezvous", [self.ranks[0].endpoint.remote()])[0]

@@ -76,7 +76,7 @@ def estimate(config: RunConfig) -> MemoryEstimate:
     kept = 2 if policy.gradient_checkpointing else 16 + 3 * shape.intermediate_size / width
     head_dim = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
     kv_token = 2 * layers * shape.num_key_value_heads * head_dim * size
-    responses = config.trainer.prompts_per_step * config.rollout.num_generations / config.rollout.num_engines
+    responses = responses_per_engine(config)
     traces_flow = "flow" in needed(config.credit.name)
     longest = config.rollout.max_prompt_length + config.rollout.max_completion_length
     accumulated = policy.deepspeed.get("data_types", {}).get("grad_accum_dtype") in ("bf16", "fp16")
@@ -116,6 +116,11 @@ def estimate(config: RunConfig) -> MemoryEstimate:
         {**sharded, "gathered": gathered, "activations": activations} if config.algorithm.name == "ppo" else None,
         host,
     )
+
+
+def responses_per_engine(config: RunConfig) -> float:
+    """Completions of a batch that an engine samples."""
+    return config.trainer.prompts_per_step * config.rollout.num_generations / config.rollout.num_engines
 
 
 def _offloads(zero: dict[str, Any], what: str) -> bool:

@@ -10,7 +10,7 @@ from rlattn.console import Console
 from rlattn.rollout.engine_args import check_engine_args
 from rlattn.rollout.fit import Node, NoRoom, alike, describe_fit, fit
 from rlattn.rollout.placement import Plan, on_gpu, plan
-from rlattn.trainers.memory import GIB, MemoryEstimate, estimate
+from rlattn.trainers.memory import GIB, MemoryEstimate, estimate, responses_per_engine
 
 USABLE = 0.95  # of a GPU's memory: the rest goes to CUDA contexts, NCCL and fragments
 
@@ -48,7 +48,9 @@ def check_memory(config: RunConfig, layout: Plan, needs: MemoryEstimate, gpu_gib
     own = {"policy rank": sum(needs.policy.values()), "engine": _engine_floor(config, needs, gpu_gib)}
     own["critic rank"] = sum(needs.critic.values()) if needs.critic else 0.0
     lines = []
-    for kinds in dict.fromkeys(tuple(name.rpartition(" ")[0] for name in layout.actors(b)) for b in _bundles(layout)):
+    for kinds in dict.fromkeys(
+        tuple(name.rpartition(" ")[0] for name in layout.actors(b)) for b in range(len(layout.bundles))
+    ):
         taken = sum(own[kind] for kind in kinds) / GIB
         share = f"{' + '.join(kinds)}: {taken:.1f} of {gpu_gib:g} GiB"
         if taken > USABLE * gpu_gib:
@@ -57,17 +59,12 @@ def check_memory(config: RunConfig, layout: Plan, needs: MemoryEstimate, gpu_gib
     return lines
 
 
-def _bundles(layout: Plan) -> range:
-    return range(len(layout.bundles))
-
-
 def _engine_floor(config: RunConfig, needs: MemoryEstimate, gpu_gib: float) -> float:
     """Bytes that an engine takes of a GPU: what it is told to, but at least its weights and one longest sequence."""
     if config.rollout.kv_cache_gib:
         return sum(needs.engine.values())
     told = config.rollout.gpu_memory_utilization * gpu_gib * GIB
-    sequences = config.trainer.prompts_per_step * config.rollout.num_generations / config.rollout.num_engines
-    return max(told, needs.engine["weights"] + needs.engine["KV cache"] / sequences)
+    return max(told, needs.engine["weights"] + needs.engine["KV cache"] / responses_per_engine(config))
 
 
 def _advice(config: RunConfig, kinds: Sequence[str]) -> str:

@@ -127,11 +127,11 @@ def stop(args: argparse.Namespace) -> int:
         server.ask(server.client.stop_job, args.job)
         deadline = time.monotonic() + args.timeout
         with console.phase(f"waiting for job {args.job} to end its step and save"):
-            while not (job := server.job(args.job)).status.is_terminal():
+            while not (status := server.ask(server.client.get_job_status, args.job)).is_terminal():
                 if time.monotonic() > deadline:
                     raise JobServerError(f"job {args.job} has not ended within {args.timeout:g} s; it was asked to")
                 time.sleep(AGAIN_S)
-        console.note(f"job {args.job}: {job.status.value.lower()}")
+        console.note(f"job {args.job}: {status.value.lower()}")
         return 0
 
 
