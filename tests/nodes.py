@@ -16,6 +16,7 @@ from pathlib import Path
 
 RAY = [sys.executable, "-P", "-m", "ray.scripts.scripts"]
 START_S = 90
+CLIENT = 253
 
 
 def namespaces_allowed() -> bool:
@@ -30,7 +31,11 @@ def namespaces_allowed() -> bool:
 
 
 class Nodes:
-    """Nodes on a bridge 10.213.0.0/24; node 0 is the head, with the job server. A context manager."""
+    """Nodes on a bridge 10.213.0.0/24; node 0 is the head, with the job server. A context manager.
+
+    Whoever asks the job server has a namespace, too (`client` begins its command): the machine's own network has no
+    part in it, so that neither a proxy, a firewall nor what another run has left there comes between.
+    """
 
     def __init__(self, logs: Path) -> None:
         self.logs, self.token = logs, secrets.token_hex(32)
@@ -38,36 +43,33 @@ class Nodes:
         self.bridge = f"rlb{os.getpid()}"
         self.address = "http://10.213.0.1:8265"
         self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.client = ["ip", "netns", "exec", self._space(CLIENT)]
 
     def __enter__(self) -> Nodes:
         _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("address", "add", "10.213.0.254/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
+        self._connect(CLIENT)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number in list(self.running):
             self.kill(number)
+        self._disconnect(CLIENT)
         _ip("link", "delete", self.bridge)
         shutil.rmtree(self.temp, ignore_errors=True)
 
     @property
     def environment(self) -> dict[str, str]:
         """Of whoever knows the token."""
-        return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        direct = dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
+        return os.environ | direct | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
     def start(self, number: int, cpus: int, *, private: Path | None = None, **labels: str) -> None:
         """Start node `number`, at 10.213.0.<number + 1>, and wait for it: two at once would take the same socket.
 
         `private` is a folder that is empty there and nobody else's, as where storage is not shared.
         """
-        space, outside, own = self._space(number), self._outside(number), f"10.213.0.{number + 1}"
-        _ip("netns", "add", space)
-        _ip("link", "add", outside, "type", "veth", "peer", "name", "lan0", "netns", space)
-        _ip("link", "set", outside, "master", self.bridge, "up")
-        for command in (["address", "add", f"{own}/24", "dev", "lan0"], ["link", "set", "lan0", "up"]):
-            _ip("-n", space, *command)
-        _ip("-n", space, "link", "set", "lo", "up")
+        own = self._connect(number)
         where = ["--address=10.213.0.1:6379"]
         if number == 0:
             where = [
@@ -90,7 +92,7 @@ class Nodes:
         output = self.logs / f"node-{number}.log"
         with open(output, "wb") as log:
             self.running[number] = subprocess.Popen(
-                ["ip", "netns", "exec", space, *hidden, *command],
+                ["ip", "netns", "exec", self._space(number), *hidden, *command],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
@@ -102,15 +104,30 @@ class Nodes:
     def kill(self, number: int) -> None:
         """Everything on a node dies at once, and its network is gone."""
         process = self.running.pop(number)
-        space = self._space(number)
-        pids = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True, check=True).stdout
+        pids = subprocess.run(
+            ["ip", "netns", "pids", self._space(number)], capture_output=True, text=True, check=True
+        ).stdout
         for pid in pids.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         process.kill()
         process.wait(timeout=30)
+        self._disconnect(number)
+
+    def _connect(self, number: int) -> str:
+        """A namespace on the bridge; its address."""
+        space, outside, own = self._space(number), self._outside(number), f"10.213.0.{number + 1}"
+        _ip("netns", "add", space)
+        _ip("link", "add", outside, "type", "veth", "peer", "name", "lan0", "netns", space)
+        _ip("link", "set", outside, "master", self.bridge, "up")
+        for command in (["address", "add", f"{own}/24", "dev", "lan0"], ["link", "set", "lan0", "up"]):
+            _ip("-n", space, *command)
+        _ip("-n", space, "link", "set", "lo", "up")
+        return own
+
+    def _disconnect(self, number: int) -> None:
         _ip("link", "delete", self._outside(number))  # at once: with its namespace it would go some time later
-        _ip("netns", "delete", space)
+        _ip("netns", "delete", self._space(number))
 
     def _outside(self, number: int) -> str:
         return f"{self.bridge}n{number}"[:15]

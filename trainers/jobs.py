@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -52,6 +54,8 @@ class JobServer:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "auth" in reason.lower():
                 reason += "; the cluster's token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+            elif proxy := _proxy(self.address):
+                reason += f"; asked through the proxy that {proxy} names, NO_PROXY={_host(self.address)} asks directly"
             raise ConfigError(f"{setting} = {self.address!r}: no Ray job server to use: {reason}") from None
 
     def ask(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -143,3 +147,14 @@ class Jobs:
 
 def _key(run: Run) -> str:
     return str(run.folder.absolute())
+
+
+def _host(address: str) -> str:
+    return urlsplit(address).hostname or address
+
+
+def _proxy(address: str) -> str | None:
+    """The variable whose proxy is asked instead of `address`; not its value, which may carry a password."""
+    scheme = urlsplit(address).scheme
+    known = scheme in getproxies() and not proxy_bypass(_host(address))
+    return f"{scheme}_proxy" if known else None

@@ -60,6 +60,7 @@ def project(tmp_path, monkeypatch):
 
 def submit(cluster, project, warmup, *extra):
     return [
+        *cluster.client,
         *RLATTN,
         "submit",
         "quickstart",
@@ -81,7 +82,7 @@ def rlattn(cluster, command, code=0, **environment):
 
 
 def jobs(cluster):
-    return rlattn(cluster, [*RLATTN, "jobs", f"--address={cluster.address}"]).stdout
+    return rlattn(cluster, [*cluster.client, *RLATTN, "jobs", f"--address={cluster.address}"]).stdout
 
 
 def steps(project):
@@ -148,11 +149,11 @@ def test_stop_saves_first_the_same_submission_goes_on_and_a_lost_head_is_told(cl
     detached = rlattn(cluster, [*command, "--no-wait"]).stdout
     job = next(word for word in detached.split() if word.startswith("long-"))
     wait_for(lambda: steps(project)[-1:] >= [2], "two steps", 300)
-    rlattn(cluster, [*RLATTN, "stop", job, f"--address={cluster.address}"])
+    rlattn(cluster, [*cluster.client, *RLATTN, "stop", job, f"--address={cluster.address}"])
     last = steps(project)[-1]
     assert last < 200
     assert [path.name for path in (project / "run/checkpoints").iterdir()] == [f"step-{last}"]
-    logs = rlattn(cluster, [*RLATTN, "logs", job, f"--address={cluster.address}"], 143).stdout
+    logs = rlattn(cluster, [*cluster.client, *RLATTN, "logs", job, f"--address={cluster.address}"], 143).stdout
     assert f"stopped after step {last} of 200, as asked" in logs
     assert [job, "stopped"] in [line.split()[:2] for line in jobs(cluster).splitlines()]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
