@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from rlattn.config import HeadsConfig
 from rlattn.kernels import AttentionStatistics, StatisticsOptions
 from rlattn.rollout.cluster import Place, place
+from rlattn.rollout.worker_setup import leave_source_tree
 from rlattn.signals import HeadSums, SignalRows, reduce_rows
 from rlattn.types import ExtraSignal
 
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 HEARTBEAT_S = 5.0  # longest time that an engine samples without a word
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,25 @@ class Progress(NamedTuple):
     activity: Activity
 
 
+def ends_with_its_workers(call: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
+    """A call that ends the engine's process if it failed because one of its tensor-parallel workers had died.
+
+    So an engine that lost a part of itself is lost as a whole, and rebuilt; any other failure is the caller's.
+    """
+
+    @wraps(call)
+    def guarded(engine: Engine, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(engine, *args, **kwargs)
+        except Exception:
+            if not engine.lost_a_worker:
+                raise
+            traceback.print_exc()  # the log's end is shown to whoever misses this engine
+            os._exit(1)
+
+    return guarded
+
+
 class Engine:
     """A `vllm.LLM` and the version of the weights it holds.
 
@@ -95,6 +121,7 @@ class Engine:
 
     def __init__(self, engine_args: dict[str, Any], version: int = 0) -> None:
         """Load the model; `engine_args` are `vllm.LLM`'s (see `rlattn.rollout.engine_args`)."""
+        leave_source_tree()
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # empty it crashes vLLM, set it overrides kv_cache_memory_bytes
         from vllm import LLM
 
@@ -114,6 +141,13 @@ class Engine:
         most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return EngineInfo(place(), self.load_seconds, most)
 
+    @property
+    def lost_a_worker(self) -> bool:
+        """Whether one of the processes of a tensor-parallel engine has died."""
+        core: Any = self.llm.llm_engine.engine_core
+        return getattr(core.engine_core.model_executor, "is_failed", False)
+
+    @ends_with_its_workers
     def advance(
         self,
         batch: int,
@@ -228,6 +262,7 @@ class Engine:
             version=self.version,
         )
 
+    @ends_with_its_workers
     def load_adapter(self, files: dict[str, bytes], version: int) -> int:
         """Apply an adapter (PEFT's files by name) beside the weights, in place of the one before; returns their bytes.
 
@@ -249,6 +284,7 @@ class Engine:
         self.adapter, self.version = adapter, version
         return sum(map(len, files.values()))
 
+    @ends_with_its_workers
     def measure(
         self,
         token_ids: list[list[int]],
@@ -280,11 +316,13 @@ class Engine:
         assert rows is not None, "reduce without measure"
         return reduce_rows(rows, heads, groups, extra)
 
+    @ends_with_its_workers
     def begin_weights(self) -> None:
         """Open a weight update."""
         self.version = None
         self.llm.collective_rpc("rlattn_begin_weights")
 
+    @ends_with_its_workers
     def load_bucket(self, bucket: dict[str, Tensor], expected: dict[str, str] | None = None) -> int:
         """Load some full, unsharded CPU tensors under their Hugging Face names; returns their bytes.
 
@@ -296,6 +334,7 @@ class Engine:
         self.llm.collective_rpc("rlattn_load_bucket", args=(save(contiguous), expected))
         return sum(tensor.nbytes for tensor in contiguous.values())
 
+    @ends_with_its_workers
     def finish_weights(self, version: int) -> None:
         """Close the update, drop keys and values of the old weights, and carry the new version."""
         self.llm.collective_rpc("rlattn_finish_weights")

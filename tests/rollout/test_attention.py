@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole, no prefix cache": {"enable_prefix_caching": False, "enable_chunked_prefill": False},
     # 33 tokens in chunks of 32: a last token alone
     "chunked, cached": {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 32},
+    "heads on two workers": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
 }
 
 
@@ -33,7 +34,8 @@ def scorer(request, local_ray, tmp_path_factory):
     config = run_config()
     path = save_model(tmp_path_factory.mktemp("model"), tied=False, seed=0)
     settings = engine_args(config, path) | {"max_num_seqs": 8} | SETTINGS[request.param]
-    actor = ray.remote(Scorer).options(num_cpus=1, runtime_env={"env_vars": engine_env(config)}).remote(settings)
+    env = engine_env(config) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # two workers would want a NUMA node each
+    actor = ray.remote(Scorer).options(num_cpus=1, runtime_env={"env_vars": env}).remote(settings)
     yield lambda name, *args, **kwargs: collect(
         {"scorer": getattr(actor, name).remote(*args, **kwargs)}, phase=name, timeout_s=240
     )[0]
@@ -48,10 +50,10 @@ def batch() -> list[list[int]]:
 
 
 def expected(
-    token_ids: list[list[int]], starts: list[int], options: StatisticsOptions
+    token_ids: list[list[int]], starts: list[int], options: StatisticsOptions, seed: int = 0
 ) -> dict[int, AttentionStatistics]:
     """By the policy's way: transformers with rlattn's attention, one packed forward."""
-    model = make_model(tied=False, seed=0)
+    model = make_model(tied=False, seed=seed)
     model.set_attn_implementation(register())
     lengths = torch.tensor([len(ids) for ids in token_ids])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -75,11 +77,24 @@ def test_statistics_are_those_of_the_same_weights_in_transformers(scorer, option
     measured = scorer("measure", token_ids, response_starts=starts, options=options)
     assert [sorted(layers) for layers in measured] == [LAYERS] * len(LENGTHS)
     truth = expected(token_ids, starts, options)
+    assert_equal(measured, truth)
+    assert (truth[0].waad - truth[1].waad).abs().max() > 0.1  # layers differ, so a mistaken one would be seen
+
+
+def assert_equal(measured: list[dict[int, AttentionStatistics]], truth: dict[int, AttentionStatistics]) -> None:
     for layer in LAYERS:
         for part in fields(AttentionStatistics):
             whole = torch.cat([getattr(layers[layer], part.name) for layers in measured], -1)
             torch.testing.assert_close(whole, getattr(truth[layer], part.name), rtol=1e-4, atol=1e-4, msg=part.name)
-    assert (truth[0].waad - truth[1].waad).abs().max() > 0.1  # layers differ, so a mistaken one would be seen
+
+
+def test_statistics_follow_new_weights(scorer) -> None:
+    token_ids, starts = batch(), [0] * len(LENGTHS)
+    scorer("generate", token_ids)
+    for seed in (1, 0):
+        scorer("load_weights", make_model(tied=False, seed=seed).state_dict())
+        measured = scorer("measure", token_ids, response_starts=starts)
+        assert_equal(measured, expected(token_ids, starts, StatisticsOptions(), seed))
 
 
 def test_generation_is_the_same_before_and_after(scorer) -> None:
