@@ -30,12 +30,9 @@ from pathlib import Path
 
 import torch
 
-SHAPES = {
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
-}
-VOCABULARY = {"tiny": 512}
+sys.path.append(str(Path(__file__).parent))  # which -P leaves off
+from shapes import DEVICE, SHAPES, save_model, vocabulary
+
 CASES = {  # prompt tokens, longest and shortest completion, sequences
     "1k": (128, 896, 128, 16),
     "1k-equal": (128, 896, 896, 16),
@@ -56,7 +53,7 @@ def budget(cases: list[str]) -> int:
     return max(TOKENS_PER_MICRO_BATCH, *(CASES[case][0] + CASES[case][1] for case in cases))
 
 
-def batch(case: str, vocabulary: int):
+def batch(case: str, tokens: int):
     """Rollouts with rewards, and advantages [B]; the same on both sides."""
     from rlattn.estimators.grpo import group_relative
     from rlattn.problem import Problem
@@ -69,7 +66,7 @@ def batch(case: str, vocabulary: int):
     total = int((lengths + prompt).sum())
     rewards, groups = torch.rand(count, generator=generator), torch.arange(count) // 2
     rollouts = Rollouts(
-        token_ids=torch.randint(0, vocabulary, (total,), generator=generator),
+        token_ids=torch.randint(0, tokens, (total,), generator=generator),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + prompt).cumsum(0)]),
         prompt_lengths=torch.full((count,), prompt),
         sampled_logps=torch.zeros(total),
@@ -131,7 +128,7 @@ def ours(model: str, shape: str, cases: list[str], device: str, write, zero: dic
     group = reserve(config, layout)
     policy = Policy(config, layout, group)
     policy.load(model, model, None)
-    batches = {case: batch(case, VOCABULARY.get(shape, 151_936)) for case in cases}
+    batches = {case: batch(case, vocabulary(shape)) for case in cases}
     starting = {case: policy.score(rollouts) for case, (rollouts, _) in batches.items()}  # before anything is learned
     for case, (rollouts, advantage) in batches.items():
         shaped = advantage[rollouts.sequence_ids]
@@ -226,7 +223,7 @@ def theirs(model: str, shape: str, cases: list[str], device: str, write, dtype: 
 
 def _padded_case(trainer, network, case, shape, device, *, exact):
     """A case as TRL has it: its inputs, what scores them, its micro-batches, and its log-probs before any update."""
-    rollouts, advantage = batch(case, VOCABULARY.get(shape, 151_936))
+    rollouts, advantage = batch(case, vocabulary(shape))
     begins, ends = rollouts.cu_seqlens[:-1].tolist(), rollouts.cu_seqlens[1:].tolist()
     starts = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist()
     prompt_ids, prompt_mask = padded([rollouts.token_ids[a:b] for a, b in zip(begins, starts, strict=True)], "left")
@@ -285,18 +282,6 @@ def agreement(sides: dict[str, dict]) -> dict:
     return found
 
 
-def make_model(shape: str, folder: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    sizes = SHAPES[shape] | {"num_key_value_heads": 2 if shape == "tiny" else 8}
-    sizes |= {"head_dim": 32 if shape == "tiny" else 128, "vocab_size": VOCABULARY.get(shape, 151_936)}
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True, max_position_embeddings=40_960))
-    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "4b"], choices=SHAPES)
@@ -307,7 +292,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help="(what a child runs)")
     parser.add_argument("--model")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE
     if args.side:
         (shape,) = args.shapes
 
@@ -328,9 +313,7 @@ def main() -> None:
     for shape in args.shapes:
         cases = args.cases or (["tiny"] if shape == "tiny" else [case for case in CASES if case not in ASKED_FOR])
         with tempfile.TemporaryDirectory() as folder:
-            make_model(shape, folder)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            save_model(shape, folder)
             for side in args.sides:
                 command = [sys.executable, "-P", __file__, "--side", side, "--shapes", shape, "--model", folder]
                 command += ["--out", f"{folder}/out", "--zero", json.dumps(args.zero), "--cases", *cases]

@@ -25,12 +25,9 @@ from typing import Any
 
 import torch
 
-SHAPES = {
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
-}
-VOCABULARY = {"tiny": 512}
+sys.path.append(str(Path(__file__).parent))  # which -P leaves off
+from shapes import DEVICE, SHAPES, save_model, vocabulary
+
 LOADS = {  # sequences, prompt tokens, sampled tokens
     "0.6b": (256, 128, 512),
     "4b": (256, 128, 512),
@@ -40,24 +37,6 @@ KINDS = ("plain", "ours")
 RUNS = 3
 BUCKET_BYTES = 256 << 20
 TOLERANCE = {"cuda": 0.05, "cpu": 1e-4}  # relative to the largest statistic: bf16's own noise, fp32's
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def make_model(shape: str, folder: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        **SHAPES[shape],
-        num_key_value_heads=8 if shape != "tiny" else 2,
-        head_dim=128 if shape != "tiny" else 32,
-        vocab_size=VOCABULARY.get(shape, 151_936),
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
-    with torch.device(DEVICE):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    model.save_pretrained(folder)
 
 
 def engine(model: str, kind: str, shape: str) -> Any:
@@ -80,7 +59,7 @@ def sampling_seconds(llm: Any, shape: str) -> float:
 
     sequences, prompt, sampled = LOADS[shape]
     draws = torch.Generator().manual_seed(0)
-    prompts = torch.randint(2, VOCABULARY.get(shape, 151_936), (sequences, prompt), generator=draws).tolist()
+    prompts = torch.randint(2, vocabulary(shape), (sequences, prompt), generator=draws).tolist()
     asked = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
     parameters = SamplingParams(temperature=1.0, max_tokens=sampled, ignore_eos=True, detokenize=False, logprobs=0)
     llm.generate(asked[:8], parameters, use_tqdm=False)  # warm
@@ -100,7 +79,7 @@ def scoring(llm: Any, model: str, shape: str) -> dict[str, float]:
 
     sequences, prompt, sampled = LOADS[shape]
     draws = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, VOCABULARY.get(shape, 151_936), (sequences, prompt + sampled), generator=draws).tolist()
+    ids = torch.randint(2, vocabulary(shape), (sequences, prompt + sampled), generator=draws).tolist()
     layers = [SHAPES[shape]["num_hidden_layers"] // 2]
     attention_statistics(llm, ids[:2], layers=layers, response_starts=[prompt] * 2)
     start = time.perf_counter()
@@ -188,7 +167,7 @@ def one(kind: str, shape: str, model: str, last: bool) -> dict[str, Any]:
 def compare(shape: str) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        make_model(shape, folder)
+        save_model(shape, folder)
         for run in range(2):
             for kind in KINDS:
                 command = [sys.executable, "-P", __file__, "--one", kind, shape, folder, str(run)]

@@ -33,12 +33,9 @@ from typing import Any
 
 import torch
 
-SHAPES = {
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
-}
-VOCABULARY = {"tiny": 512}
+sys.path.append(str(Path(__file__).parent))  # which -P leaves off
+from shapes import DEVICE, SHAPES, make_model, vocabulary
+
 LOADS = {  # prompts, completions each, prompt tokens, most completion tokens, mean length if there were no limit
     "0.6b": (16, 8, 128, 1024, 512),
     "4b": (16, 8, 128, 1024, 512),
@@ -50,7 +47,6 @@ GPU_SHARE = 0.3  # of the memory, vLLM's
 TOKENS_PER_MICRO_BATCH = 16_384
 LONGER = 0.1  # most that mean lengths of two sides may differ, relative
 APART = {"cuda": 0.1, "cpu": 1e-3}  # most mean difference of a token's log-prob between engine and trainer
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REWARD = """
 def reward(completions, **columns):
     return [len(text) % 7 / 7 for text in completions]
@@ -60,30 +56,22 @@ def reward(completions, **columns):
 def make_inputs(shape: str, folder: Path) -> None:
     """A model with its tokenizer, training prompts, and a reward that tells completions apart."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-    prompts, _, prompt, longest, _ = LOADS[shape]
-    vocabulary = VOCABULARY.get(shape, 151_936)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        **SHAPES[shape],
-        num_key_value_heads=2 if shape == "tiny" else 8,
-        head_dim=32 if shape == "tiny" else 128,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-        max_position_embeddings=prompt + longest,
-    )
-    with torch.device(DEVICE):
-        model = Qwen3ForCausalLM(config)
+    prompts, _, prompt, _, _ = LOADS[shape]
+    model = make_model(shape)
     model.generation_config = GenerationConfig(eos_token_id=ends(shape), pad_token_id=0)
-    model.to(torch.bfloat16 if DEVICE == "cuda" else torch.float32).save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    model.save_pretrained(folder / "model")
+    del model
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary(shape))}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0").save_pretrained(
         folder / "model"
     )
     draws = torch.Generator().manual_seed(1)
-    rows = torch.randint(vocabulary // 2, vocabulary, (prompts * (WARMUP + MEASURED), prompt), generator=draws).tolist()
+    rows = torch.randint(
+        vocabulary(shape) // 2, vocabulary(shape), (prompts * (WARMUP + MEASURED), prompt), generator=draws
+    ).tolist()
     lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in row)}) + "\n" for row in rows]
     (folder / "prompts.jsonl").write_text("".join(lines))
     (folder / "reward.py").write_text(REWARD)
@@ -91,7 +79,7 @@ def make_inputs(shape: str, folder: Path) -> None:
 
 def ends(shape: str) -> list[int]:
     """Tokens that end a completion: the model is nearly uniform over its vocabulary, so their share sets the length."""
-    return list(range(max(1, VOCABULARY.get(shape, 151_936) // LOADS[shape][4])))
+    return list(range(max(1, vocabulary(shape) // LOADS[shape][4])))
 
 
 def ours(shape: str, folder: Path, credit: str) -> list[dict[str, float]]:
