@@ -116,7 +116,8 @@ def ends_with_its_workers(call: Callable[Concatenate[Engine, P], T]) -> Callable
 class Engine:
     """A `vllm.LLM` and the version of the weights it holds.
 
-    `version` is None from the start of a weight update to its end, so a half-updated engine never samples.
+    `version` is None from the start of a weight update to its end, and while it is `asleep`, so that neither a
+    half-updated engine nor one without weights ever samples.
     """
 
     def __init__(self, engine_args: dict[str, Any], version: int = 0) -> None:
@@ -129,6 +130,7 @@ class Engine:
         self.llm = LLM(**engine_args)
         self.load_seconds = time.perf_counter() - started
         self.version: int | None = version
+        self.asleep = False
         self.adapter: LoRARequest | None = None
         self._batch = 0
         self._rows: SignalRows | None = None
@@ -169,10 +171,12 @@ class Engine:
         the prefix cache, whose hits change the last bits of log-probs, is emptied with every batch.
 
         Raises:
-            RuntimeError: the weights are half-loaded.
+            RuntimeError: the weights are half-loaded, or put away.
         """
         from vllm import RequestOutput
 
+        if self.asleep:
+            raise RuntimeError("the engine is asleep until new weights or a new adapter come")
         if self.version is None:
             raise RuntimeError("the engine's weights are half-loaded: a weight update did not finish")
         if batch != self._batch:
@@ -263,6 +267,20 @@ class Engine:
         )
 
     @ends_with_its_workers
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU's memory back until something is loaded: the KV cache's, and the weights', which are kept in the
+        node's memory or not at all. On a CPU vLLM frees nothing; all else is the same.
+        """
+        self._drop()
+        self.llm.sleep(level=1 if keep_weights else 2)
+        self.asleep, self.version = True, None
+
+    def _wake(self, *tags: str) -> None:
+        """Have memory again, of the weights first: the cache's comes when what loading needed is free again."""
+        if self.asleep:
+            self.llm.wake_up(tags=list(tags))
+
+    @ends_with_its_workers
     def load_adapter(self, files: dict[str, bytes], version: int) -> int:
         """Apply an adapter (PEFT's files by name) beside the weights, in place of the one before; returns their bytes.
 
@@ -271,7 +289,8 @@ class Engine:
         """
         from vllm.lora.request import LoRARequest
 
-        self.version = None
+        self._wake("weights", "kv_cache")
+        self.asleep, self.version = False, None
         # vLLM knows an adapter by its number, and has room for one: the new one drives the old one out.
         number = self.adapter.lora_int_id + 1 if self.adapter else 1
         with TemporaryDirectory() as folder:
@@ -319,6 +338,7 @@ class Engine:
     @ends_with_its_workers
     def begin_weights(self) -> None:
         """Open a weight update."""
+        self._wake("weights")
         self.version = None
         self.llm.collective_rpc("rlattn_begin_weights")
 
@@ -338,8 +358,9 @@ class Engine:
     def finish_weights(self, version: int) -> None:
         """Close the update, drop keys and values of the old weights, and carry the new version."""
         self.llm.collective_rpc("rlattn_finish_weights")
+        self._wake("kv_cache")
         self.llm.reset_prefix_cache()
-        self.version = version
+        self.asleep, self.version = False, version
 
 
 def joined(parts: list[AttentionStatistics]) -> AttentionStatistics:

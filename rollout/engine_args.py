@@ -20,6 +20,7 @@ OWNED_ENGINE_ARGS = {
     "kv_cache_memory_bytes": "rollout.kv_cache_gib",
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "enforce_eager": "rollout.enforce_eager",
+    "enable_sleep_mode": "rollout.sleep",
     "logprobs_mode": "rlattn (log-probs at the sampling temperature)",
     "distributed_executor_backend": "rlattn (the engine lives in its actor)",
     "worker_extension_cls": "rlattn (weight transfer)",
@@ -76,6 +77,7 @@ def engine_args(config: RunConfig, model_path: str) -> dict[str, Any]:
     kv_cache_gib = rollout.kv_cache_gib
     if on_gpu(config):
         owned["gpu_memory_utilization"] = rollout.gpu_memory_utilization
+        owned["enable_sleep_mode"] = rollout.sleep
     else:
         kv_cache_gib = kv_cache_gib or CPU_KV_CACHE_GIB
         owned["enable_chunked_prefill"] = False

@@ -205,6 +205,12 @@ class RolloutPool:
         signals = self.fleet.insist(asked)
         return Scores(rollouts.sampled_logps, torch.zeros_like(rollouts.sampled_logps), signals)
 
+    def sleep(self) -> None:
+        """Have every engine give its memory back until `load_weights` or `load_adapter`, see `rollout.sleep`."""
+        keep = self.config.policy.sends_adapters  # an adapter is nothing without the weights beside it
+        timeout_s = self.config.rollout.weights_timeout_s
+        self.fleet.everyone("going to sleep", timeout_s, lambda engine: engine.sleep.remote(keep_weights=keep))
+
     def load_weights(self, weights: Callable[[], Iterable[ray.ObjectRef]], version: int) -> None:
         """Move new weights into every engine, then empty prefix caches and carry `version`.
 

@@ -77,6 +77,7 @@ class CriticWorker(Rank):
                 counted = given["mean_weights"] != 0
                 sums = {"vf_clip_ratio": clipped[counted].sum().item(), "tokens": int(counted.sum())}
                 learned.append(sums | self.step((given["mean_weights"] * loss).sum(), last=micro is micros[-1]))
+        self.release()
         return self.summary(learned, len(mini_batches))
 
 

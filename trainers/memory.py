@@ -23,6 +23,8 @@ from rlattn.trainers.warmup import model_shape
 GIB = 1 << 30
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered at a time under ZeRO-3: DeepSpeed's default of `stage3_max_live_parameters`."""
+KEPT = ("weights", "gradients", "optimizer", "reference")
+"""Parts that are there between updates, too."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class MemoryEstimate:
     engine: dict[str, float]
     critic: dict[str, float] | None = None
     host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> float:
+        """Bytes that a policy rank, and its critic, keep while engines sample."""
+        parts = (self.policy, self.critic or {})
+        return sum(part.get(name, 0.0) for part in parts for name in KEPT)
 
     def lines(self) -> list[str]:
         """Readable lines, in GiB."""

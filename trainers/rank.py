@@ -174,6 +174,11 @@ class Rank:
         torch.cuda.reset_peak_memory_stats()
         return peak
 
+    def release(self) -> None:
+        """Give the GPU what torch holds of it and does not use, where an engine that wakes up needs it."""
+        if self.config.rollout.sleep and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def summary(self, learned: list[dict[str, float]], steps: int) -> dict[str, float]:
         """Sums over the tokens of `steps` optimizer steps, mean gradient norm, and the learning rate now."""
         names = dict.fromkeys(name for part in learned for name in part)

@@ -52,6 +52,8 @@ def check_memory(config: RunConfig, layout: Plan, needs: MemoryEstimate, gpu_gib
         tuple(name.rpartition(" ")[0] for name in layout.actors(b)) for b in range(len(layout.bundles))
     ):
         taken = sum(own[kind] for kind in kinds) / GIB
+        if config.rollout.sleep and "engine" in kinds and "policy rank" in kinds:  # one after the other
+            taken = max(taken - own["engine"] / GIB, (needs.kept + own["engine"]) / GIB)
         share = f"{' + '.join(kinds)}: {taken:.1f} of {gpu_gib:g} GiB"
         if taken > USABLE * gpu_gib:
             raise NoRoom(f"{share}: {taken - USABLE * gpu_gib:.1f} GiB short; {_advice(config, kinds)}")

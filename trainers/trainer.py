@@ -94,9 +94,12 @@ class Trainer(ABC):
 
     def score(self, rollouts: Rollouts, groups: HeadGroups | None) -> Scores:
         """Old log-probs and attention signals of a batch, from the policy or from the engines that sampled it."""
-        if self.config.signals.source == "rollout":
-            return self.rollout.score(rollouts, groups, self.policy.extra)
-        return self.policy.score(rollouts, groups)
+        if self.config.signals.source == "policy":
+            return self.policy.score(rollouts, groups)
+        scores = self.rollout.score(rollouts, groups, self.policy.extra)
+        if self.config.rollout.sleep:
+            self.rollout.sleep()
+        return scores
 
     def publish(self, version: int) -> None:
         """Give the engines what the policy is now, once they have sampled what they were asked."""
@@ -115,6 +118,9 @@ class Trainer(ABC):
         rollouts, metrics = found if found else self._sample(step, timer)
         if ahead and step + ahead < self.config.trainer.steps:
             self._ahead.begin(lambda: self._sample(step + ahead, PhaseTimer(row=trace.AHEAD)))
+        if self.config.rollout.sleep and self.config.signals.source == "policy":  # else they score the batch first
+            with timer("sleep"):
+                self.rollout.sleep()
         return rollouts, metrics | {"rollout/staleness": step - rollouts.policy_version.double().mean().item()}
 
     def _sample(self, step: int, timer: PhaseTimer) -> tuple[Rollouts, dict[str, float]]:

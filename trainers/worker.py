@@ -102,6 +102,7 @@ class PolicyWorker(Rank):
             for micro in micros:
                 logps, entropy = self.engine(micro, with_entropy=self.bonus)
                 learned.append(self._learn(micro, logps, entropy, micro.columns, last=micro is micros[-1]))
+        self.release()
         return self.summary(learned, len(mini_batches))
 
     def train(self, micros: list[MicroBatch], groups: Tensor | None, step: int) -> tuple[ShardScores, dict[str, float]]:
@@ -125,6 +126,7 @@ class PolicyWorker(Rank):
             )
             columns.append(part)
             sums.append(rows.sums)
+        self.release()
         means = pool_heads(sums, dist.all_reduce)
         return ShardScores(columns, self.layers, means, groups_of(means, heads, groups)), self.summary(learned, 1)
 

@@ -32,6 +32,9 @@ class RolloutConfig(Section):
     """Sampling temperature; log-probs are evaluated at the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus mass; below 1 the trainer's log-probs (full distribution) differ from the sampler's, which is logged."""
+    sleep: bool = False
+    """Engines that share the policy's GPU (`ray.placement: colocate`) give its memory back while the policy scores and
+    learns: their KV cache, and their weights, which come anew."""
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     """KV cache per engine in GiB; None lets vLLM take `gpu_memory_utilization` of its GPU, or 1 GiB on CPUs."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.45

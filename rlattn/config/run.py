@@ -99,6 +99,8 @@ class RunConfig(Section):
                 "rollout.steps_ahead=1 learns from completions of older weights, which needs "
                 "algorithm.vllm_importance_sampling_correction=true"
             )
+        if self.rollout.sleep:
+            self._check_sleep()
         if self.signals.source == "rollout":
             self._check_rollout_signals()
         if self.signals.forward == "train":
@@ -109,6 +111,15 @@ class RunConfig(Section):
     def needs_reference(self) -> bool:
         """A KL to the starting policy is in the loss or in the reward."""
         return self.algorithm.beta > 0 or (self.algorithm.name == "ppo" and self.ppo.kl_coef > 0)
+
+    def _check_sleep(self) -> None:
+        if self.ray.placement != "colocate":
+            raise ValueError(
+                f"rollout.sleep=true gives memory to a policy on the same GPU, but ray.placement={self.ray.placement} "
+                "has none there; set it to colocate, or rollout.sleep to false"
+            )
+        if self.rollout.steps_ahead:
+            raise ValueError("rollout.sleep=true and rollout.steps_ahead=1: an engine cannot sample asleep; choose one")
 
     def _check_ppo(self) -> None:
         if self.signals.forward == "train":

@@ -159,6 +159,15 @@ def test_signals_from_the_engines_leave_out_what_only_the_policy_gives(changes, 
         RunConfig.model_validate(tree)
 
 
+def test_engines_sleep_where_they_share_a_gpu_and_have_nothing_to_do():
+    with pytest.raises(ValueError, match=r"rollout\.sleep=true gives memory .* but ray\.placement=separate has none"):
+        RunConfig.model_validate({"rollout": {"sleep": True}})
+    ahead = {"rollout": {"sleep": True, "steps_ahead": 1}, "ray": {"placement": "colocate"}}
+    with pytest.raises(ValueError, match="an engine cannot sample asleep"):
+        RunConfig.model_validate(ahead | {"algorithm": {"vllm_importance_sampling_correction": True}})
+    assert RunConfig.model_validate({"rollout": {"sleep": True}, "ray": {"placement": "colocate"}}).rollout.sleep
+
+
 def test_a_step_ahead_needs_the_correction():
     with pytest.raises(ValueError, match=r"rollout\.steps_ahead=1 learns from completions of older weights"):
         RunConfig.model_validate({"rollout": {"steps_ahead": 1}})

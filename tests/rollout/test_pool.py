@@ -171,6 +171,18 @@ class TestPool:
         load(pool, old, version=8)
         assert max_error(pool, old) < 1e-4
 
+    def test_who_sleeps_samples_nothing_until_new_weights_come(self, pool) -> None:
+        pool.sleep()
+        with pytest.raises(ActorError, match="asleep until new weights"):
+            pool.generate(PROBLEMS, 2, seed=0, step=0)
+        new = make_model(tied=pool.tied, seed=1)
+        load(pool, new, version=7)
+        assert max_error(pool, new) < 1e-4
+        pool.sleep()
+        os.kill(pool.fleet.members[-1].info.place.pid, signal.SIGKILL)  # asleep or not, it is rebuilt
+        load(pool, make_model(tied=pool.tied, seed=0), version=0)
+        assert max_error(pool, make_model(tied=pool.tied, seed=0)) < 1e-4
+
     def test_missing_weights_are_named_and_the_engine_refuses_to_sample(self, pool) -> None:
         import ray
 

@@ -161,6 +161,25 @@ def test_signals_from_the_engines_train_like_the_policys(tmp_path, cache):
         assert other[name] == pytest.approx(own[name], rel=1e-3, abs=1e-5), name
 
 
+def test_engines_that_sleep_while_the_policy_learns_change_nothing(tmp_path, cache):
+    small = ["policy.ranks=1", "policy.deepspeed={}", "trainer.steps=2", "ray.placement=colocate"]
+    lines = {}
+    for name, source, sleep in (
+        ("awake", "policy", "false"),
+        ("asleep", "policy", "true"),
+        ("scores", "rollout", "true"),
+    ):
+        finish(command(tmp_path / name, cache, *small, f"signals.source={source}", f"rollout.sleep={sleep}"))
+        lines[name] = read_metrics(tmp_path / name)
+    assert "timing_s/sleep" in lines["asleep"][-1]
+    assert "timing_s/sleep" not in lines["awake"][-1]
+    for name in ("reward", "loss", "grad_norm", "completions/mean_length"):
+        awake, asleep, scores = ([line[name] for line in lines[run][1:]] for run in ("awake", "asleep", "scores"))
+        assert asleep == awake, name
+        assert scores == pytest.approx(awake, rel=1e-3, abs=1e-5), name
+    assert lines["asleep"][-1]["eval/accuracy"] == lines["awake"][-1]["eval/accuracy"]
+
+
 def test_a_run_comes_back_from_its_copies(tmp_path, cache):
     small = ["policy.ranks=1", "policy.deepspeed={}", "trainer.eval_steps=0", "trainer.steps=12"]
     url = f"trainer.checkpoint_url=file://{tmp_path}/copies"

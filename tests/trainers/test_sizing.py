@@ -6,8 +6,9 @@ from transformers import LlamaConfig, Qwen3Config
 from rlattn.cli import main
 from rlattn.config import RunConfig
 from rlattn.rollout.fit import NoRoom, alike
+from rlattn.rollout.placement import plan
 from rlattn.trainers.memory import GIB, estimate
-from rlattn.trainers.sizing import study
+from rlattn.trainers.sizing import check_memory, study
 
 QWEN = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
 SHAPES = {
@@ -195,3 +196,19 @@ def test_a_shared_gpu_must_hold_both(folders, capsys):
     assert "policy rank + engine: 9" in capsys.readouterr().err
     assert main([*command, "rollout.gpu_memory_utilization=0.4"]) == 0
     assert "policy rank 0-3, engine 0-3" in capsys.readouterr().out
+
+
+def test_an_engine_that_sleeps_needs_its_memory_only_beside_what_the_policy_keeps(folders):
+    """1 rank: 4B parameters keep 2 + 4 + 12 bytes each; an engine with a tenth of the GPU comes on top of that."""
+    parameters = SHAPES["4B"][1]
+    tree = run_config(folders["4B"], 1, 1, 1, zero=1, gpus_per_rank=0.5).model_dump(exclude_unset=True)
+    tree["ray"] = {"placement": "colocate"}
+    tree["rollout"] |= {"gpu_memory_utilization": 0.1}
+    awake = RunConfig.model_validate(tree)
+    asleep = RunConfig.model_validate(tree | {"rollout": tree["rollout"] | {"sleep": True}})
+    peak = sum(estimate(awake).policy.values())
+    kept = 18 * parameters
+    assert estimate(awake).kept == pytest.approx(kept)
+    for config, taken in ((awake, peak + 0.1 * 140 * GIB), (asleep, max(peak, kept + 0.1 * 140 * GIB))):
+        (line,) = check_memory(config, plan(config), estimate(config), 140)
+        assert f"policy rank + engine: {taken / GIB:.1f} of 140 GiB a GPU" in line
