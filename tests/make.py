@@ -1,9 +1,11 @@
 """Small things that tests of several rooms make."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from rlattn.config import RunConfig
 from rlattn.problem import Problem
 from rlattn.types import Rollouts
 
@@ -71,6 +73,27 @@ def policy_of(settings, model_path):
         yield policy
     finally:
         remove_placement_group(group)
+
+
+def policy_config(ranks: int = 1, stage: int = 0, **sections: dict[str, Any]) -> RunConfig:
+    """Ranks on CPUs for batches of 3 x 4 short sequences, cut into several micro-batches; `sections` add to that."""
+    policy = {
+        "ranks": ranks,
+        "gpus_per_rank": 0,
+        "tokens_per_micro_batch": 64,
+        "logits_chunk_tokens": 16,
+        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "timeout_s": 240,
+    }
+    return RunConfig.model_validate(
+        {
+            "model": {"dtype": "float32"},
+            "rollout": {"max_prompt_length": 8, "max_completion_length": 24, "num_generations": 4},
+            "trainer": {"prompts_per_step": 3, "steps": 4},
+            **sections,
+            "policy": policy | sections.get("policy", {}),
+        }
+    )
 
 
 TINY_RUN = [

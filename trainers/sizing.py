@@ -52,9 +52,11 @@ def check_memory(config: RunConfig, layout: Plan, needs: MemoryEstimate, gpu_gib
         tuple(name.rpartition(" ")[0] for name in layout.actors(b)) for b in range(len(layout.bundles))
     ):
         taken = sum(own[kind] for kind in kinds) / GIB
-        if config.rollout.sleep and "engine" in kinds and "policy rank" in kinds:  # one after the other
+        shared = " + ".join(kinds)
+        if config.rollout.sleep and {"engine", "policy rank"} <= set(kinds):
             taken = max(taken - own["engine"] / GIB, (needs.kept + own["engine"]) / GIB)
-        share = f"{' + '.join(kinds)}: {taken:.1f} of {gpu_gib:g} GiB"
+            shared += " by turns"
+        share = f"{shared}: {taken:.1f} of {gpu_gib:g} GiB"
         if taken > USABLE * gpu_gib:
             raise NoRoom(f"{share}: {taken - USABLE * gpu_gib:.1f} GiB short; {_advice(config, kinds)}")
         lines.append(f"{share} a GPU")
@@ -82,5 +84,7 @@ def _advice(config: RunConfig, kinds: Sequence[str]) -> str:
             ways.append("offload_optimizer in policy.deepspeed")
         ways.append("policy.lora")
     if "engine" in kinds:
+        if "policy rank" in kinds and not config.rollout.sleep:
+            ways.append("rollout.sleep=true")
         ways += ["a larger rollout.tensor_parallel_size", "a smaller rollout.gpu_memory_utilization or kv_cache_gib"]
     return f"what helps: {', '.join(dict.fromkeys(ways))}"

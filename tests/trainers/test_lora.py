@@ -6,36 +6,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rlattn.config import ConfigError, LoRAConfig, RunConfig
+from rlattn.config import ConfigError, LoRAConfig
 from rlattn.estimators.grpo import group_relative
 from rlattn.rollout.cluster import reserve, start_ray
 from rlattn.rollout.placement import plan
 from rlattn.trainers.lora import adapted, entries
 from rlattn.trainers.memory import estimate
 from rlattn.trainers.policy import Policy
-from tests.make import fetch_weights, make_rollouts, tiny_qwen3
+from tests.make import fetch_weights, make_rollouts, policy_config, tiny_qwen3
 
 
 def config(ranks=1, stage=0, **policy):
-    return RunConfig.model_validate(
-        {
-            "model": {"dtype": "float32"},
-            "rollout": {"max_prompt_length": 8, "max_completion_length": 24, "num_generations": 4},
-            "policy": {
-                "ranks": ranks,
-                "gpus_per_rank": 0,
-                "learning_rate": 1e-2,
-                "tokens_per_micro_batch": 64,
-                "logits_chunk_tokens": 16,
-                "deepspeed": {"zero_optimization": {"stage": stage}},
-                "timeout_s": 240,
-                "lora": {"r": 4, "lora_alpha": 8},
-            }
-            | policy,
-            "trainer": {"prompts_per_step": 3, "steps": 4},
-            "algorithm": {"beta": 0.1},
-        }
-    )
+    learned = {"learning_rate": 1e-2, "lora": {"r": 4, "lora_alpha": 8}}
+    return policy_config(ranks, stage, policy=learned | policy, algorithm={"beta": 0.1})
 
 
 def test_merged_weights_are_base_plus_scaled_product():

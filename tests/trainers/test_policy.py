@@ -8,34 +8,18 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlattn.config import CreditConfig, RunConfig
+from rlattn.config import CreditConfig
 from rlattn.estimators.grpo import group_relative
 from rlattn.rollout.cluster import reserve, start_ray
 from rlattn.rollout.placement import plan
 from rlattn.trainers.policy import Policy
-from tests.make import fetch_weights, make_rollouts
+from tests.make import fetch_weights, make_rollouts, policy_config
 
 pytestmark = pytest.mark.slow
 
 
 def config(ranks=1, stage=0, **algorithm):
-    return RunConfig.model_validate(
-        {
-            "model": {"dtype": "float32"},
-            "rollout": {"max_prompt_length": 8, "max_completion_length": 24, "num_generations": 4},
-            "policy": {
-                "ranks": ranks,
-                "gpus_per_rank": 0,
-                "learning_rate": 1e-2,
-                "tokens_per_micro_batch": 64,
-                "logits_chunk_tokens": 16,
-                "deepspeed": {"zero_optimization": {"stage": stage}},
-                "timeout_s": 240,
-            },
-            "trainer": {"prompts_per_step": 3, "steps": 4},
-            "algorithm": algorithm,
-        }
-    )
+    return policy_config(ranks, stage, policy={"learning_rate": 1e-2}, algorithm=algorithm)
 
 
 @pytest.fixture(scope="module")

@@ -14,27 +14,11 @@ from rlattn.rollout.placement import plan
 from rlattn.trainers.critic import Critic, CriticModel, load_critic
 from rlattn.trainers.ppo import token_rewards
 from rlattn.types import Scores, Signals
-from tests.make import make_rollouts
+from tests.make import make_rollouts, policy_config
 
 
 def config(ranks=1, stage=0, **ppo):
-    return RunConfig.model_validate(
-        {
-            "model": {"dtype": "float32"},
-            "rollout": {"max_prompt_length": 8, "max_completion_length": 24, "num_generations": 4},
-            "policy": {
-                "ranks": ranks,
-                "gpus_per_rank": 0,
-                "tokens_per_micro_batch": 64,
-                "logits_chunk_tokens": 16,
-                "deepspeed": {"zero_optimization": {"stage": stage}},
-                "timeout_s": 240,
-            },
-            "trainer": {"prompts_per_step": 3, "steps": 4},
-            "algorithm": {"name": "ppo"},
-            "ppo": {"critic_learning_rate": 1e-2} | ppo,
-        }
-    )
+    return policy_config(ranks, stage, algorithm={"name": "ppo"}, ppo={"critic_learning_rate": 1e-2} | ppo)
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,9 @@ def test_an_engine_that_sleeps_needs_its_memory_only_beside_what_the_policy_keep
     peak = sum(estimate(awake).policy.values())
     kept = 18 * parameters
     assert estimate(awake).kept == pytest.approx(kept)
-    for config, taken in ((awake, peak + 0.1 * 140 * GIB), (asleep, max(peak, kept + 0.1 * 140 * GIB))):
+    engine = 0.1 * 140 * GIB
+    for config, shared, taken in ((awake, "", peak + engine), (asleep, " by turns", max(peak, kept + engine))):
         (line,) = check_memory(config, plan(config), estimate(config), 140)
-        assert f"policy rank + engine: {taken / GIB:.1f} of 140 GiB a GPU" in line
+        assert line == f"policy rank + engine{shared}: {taken / GIB:.1f} of 140 GiB a GPU"
+    with pytest.raises(NoRoom, match=r"what helps: .*rollout\.sleep=true"):
+        check_memory(awake, plan(awake), estimate(awake), 80)
