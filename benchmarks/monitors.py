@@ -1,6 +1,6 @@
 """Do the attention monitors of a run foretell trouble? Runs that break against runs that learn.
 
-    rlattn study benchmarks/studies/trouble.yaml         # 40 minutes on two cores
+    rlattn study benchmarks/studies/trouble.yaml         # 20 minutes on two cores
     python -P benchmarks/monitors.py                     # benchmarks/results/monitors.json, docs/monitors.png
 
 A run breaks at the first step whose reward is below half of the best before it, and stays there in the next. A monitor
@@ -108,7 +108,7 @@ def main() -> None:
     (HERE / "results" / "monitors.json").write_text(json.dumps(figures) + "\n")
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
     for axis, name in zip(axes.flat, DRAWN, strict=True):
-        for colour, arm in zip(("tab:blue", "tab:orange", "tab:red"), study.arms, strict=True):
+        for colour, arm in zip(("tab:blue", "tab:red"), study.arms, strict=True):
             for seed in seeds:
                 drawn = curve(arm, seed, name)
                 axis.plot(list(drawn), list(drawn.values()), colour, label=arm if seed == seeds[0] else None, lw=1)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 RAY = [sys.executable, "-P", "-m", "ray.scripts.scripts"]
+MORTAL = ["setpriv", "--pdeathsig", "KILL"]  # nodes must not outlive a test run that is killed
 START_S = 90
 CLIENT = 253
 
@@ -22,7 +23,7 @@ CLIENT = 253
 def namespaces_allowed() -> bool:
     """Whether this process may make network namespaces, as root can unless it is confined."""
     probe = f"rl{os.getpid()}"
-    if os.geteuid() or not shutil.which("ip"):
+    if os.geteuid() or not all(map(shutil.which, ("ip", "setpriv"))):
         return False
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode == 0
     if made:
@@ -92,7 +93,7 @@ class Nodes:
         output = self.logs / f"node-{number}.log"
         with open(output, "wb") as log:
             self.running[number] = subprocess.Popen(
-                ["ip", "netns", "exec", self._space(number), *hidden, *command],
+                [*MORTAL, "ip", "netns", "exec", self._space(number), *hidden, *command],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
