@@ -62,6 +62,15 @@ def max_error(pool, model: torch.nn.Module, temperature: float = 1.0) -> float:
     return (rollouts.sampled_logps - hf_logps(model, rollouts, temperature)).abs().max().item()
 
 
+def sampled_until_all_are_back(pool) -> set[int]:
+    """Samples while a lost engine is rebuilt; the versions of the weights that did."""
+    deadline, versions = time.monotonic() + 60, set()
+    while not versions or pool.fleet.members[-1].info is None:
+        assert time.monotonic() < deadline, "the engine is not back"
+        versions |= set(pool.generate(PROBLEMS, 2, seed=0, step=0).policy_version.tolist())
+    return versions
+
+
 @pytest.mark.slow
 class TestPool:
     def test_batch_is_packed_and_labelled(self, pool, tokenizer) -> None:
@@ -181,6 +190,7 @@ class TestPool:
         pool.sleep()
         os.kill(pool.fleet.members[-1].info.place.pid, signal.SIGKILL)  # asleep or not, it is rebuilt
         load(pool, make_model(tied=pool.tied, seed=0), version=0)
+        assert sampled_until_all_are_back(pool) == {0}
         assert max_error(pool, make_model(tied=pool.tied, seed=0)) < 1e-4
 
     def test_missing_weights_are_named_and_the_engine_refuses_to_sample(self, pool) -> None:
@@ -241,9 +251,7 @@ class TestPool:
         new = make_model(tied=pool.tied, seed=1)
         os.kill(pool.fleet.members[-1].info.place.pid, signal.SIGKILL)
         load(pool, new, version=12)
-        deadline = time.monotonic() + 60
-        while pool.fleet.members[-1].info is None and time.monotonic() < deadline:
-            assert set(pool.generate(PROBLEMS, 2, seed=0, step=0).policy_version.tolist()) == {12}
+        assert sampled_until_all_are_back(pool) == {12}
         assert max_error(pool, new) < 1e-4
         load(pool, make_model(tied=pool.tied, seed=0), version=0)
 
