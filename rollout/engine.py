@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.outputs import CompletionOutput
 
+    from rlattn.rollout.transfer import Bucket
+
 HEARTBEAT_S = 5.0  # longest time that an engine samples without a word
 
 P = ParamSpec("P")
@@ -129,6 +131,7 @@ class Engine:
         started = time.perf_counter()
         self.llm = LLM(**engine_args)
         self.load_seconds = time.perf_counter() - started
+        self._backend = engine_args.get("weight_transfer_config", {}).get("backend")
         self.version: int | None = version
         self.asleep = False
         self.adapter: LoRARequest | None = None
@@ -353,6 +356,25 @@ class Engine:
         contiguous = {name: tensor.contiguous() for name, tensor in bucket.items()}
         self.llm.collective_rpc("rlattn_load_bucket", args=(save(contiguous), expected))
         return sum(tensor.nbytes for tensor in contiguous.values())
+
+    @ends_with_its_workers
+    def meet(self, host: str, port: int, rank: int, world_size: int) -> None:
+        """Join the group that rank 0 of the policy broadcasts weights to; this engine's workers are `rank` and up."""
+        where = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": world_size}
+        self.llm.init_weight_transfer_engine({"init_info": where})
+
+    @ends_with_its_workers
+    def load_shared(self, bucket: Bucket) -> int:
+        """Load weights that lie in a policy rank's GPU memory, or are broadcast from there; returns their bytes.
+
+        Raises:
+            ValueError: they do not have the checksums that the bucket has.
+        """
+        info: dict[str, Any] = {"names": bucket.names, "dtype_names": bucket.dtypes, "shapes": bucket.shapes}
+        if self._backend == "ipc":
+            info["ipc_handles"] = bucket.handles
+        self.llm.collective_rpc("rlattn_load_shared", args=(info, bucket.checksums))
+        return bucket.size
 
     @ends_with_its_workers
     def finish_weights(self, version: int) -> None:

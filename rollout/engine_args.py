@@ -21,6 +21,7 @@ OWNED_ENGINE_ARGS = {
     "gpu_memory_utilization": "rollout.gpu_memory_utilization",
     "enforce_eager": "rollout.enforce_eager",
     "enable_sleep_mode": "rollout.sleep",
+    "weight_transfer_config": "rollout.weight_transfer",
     "logprobs_mode": "rlattn (log-probs at the sampling temperature)",
     "distributed_executor_backend": "rlattn (the engine lives in its actor)",
     "worker_extension_cls": "rlattn (weight transfer)",
@@ -50,8 +51,8 @@ def check_engine_args(config: RunConfig) -> None:
         raise ConfigError(f"`rollout.engine_args`: {'; '.join(taken)}; remove from here")
 
 
-def engine_args(config: RunConfig, model_path: str) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` for one engine of this run."""
+def engine_args(config: RunConfig, model_path: str, backend: str | None = None) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for one engine of this run; `backend` is how vLLM is given weights, if by GPU."""
     check_engine_args(config)
     rollout = config.rollout
     length = rollout.max_prompt_length + rollout.max_completion_length
@@ -69,6 +70,8 @@ def engine_args(config: RunConfig, model_path: str) -> dict[str, Any]:
         "worker_extension_cls": "rlattn.rollout.worker.WorkerExtension",
         "disable_log_stats": True,
     }
+    if backend:
+        owned["weight_transfer_config"] = {"backend": backend}
     if config.policy.sends_adapters:
         assert config.policy.lora
         rank = next(rank for rank in LORA_RANKS if rank >= config.policy.lora.r)

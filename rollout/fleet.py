@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 
@@ -67,6 +67,66 @@ class Member:
         return sum(map(len, self.units))
 
 
+class Audience(Protocol):
+    """Engines that are told the same, and waited for: all that are loaded, or one that has just been rebuilt."""
+
+    def members(self) -> list[Member]:
+        """Those not lost so far."""
+
+    def wait(self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]]) -> list[Any]:
+        """Their answers; one that is lost gives none."""
+
+    def tell(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
+        """The answers of all to the same call."""
+        return self.wait(phase, timeout_s, [(member, call(member.actor)) for member in self.members()])
+
+    def lose(self, member: Member, error: ActorLost) -> None:
+        """Give one up that does not answer."""
+
+
+class Everyone(Audience):
+    """All engines that are loaded. One that is lost on the way gives no answer, and is rebuilt later.
+
+    Raises:
+        ActorError: from `wait` and `lose`: one failed, or has been lost too often.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def members(self) -> list[Member]:
+        """The loaded ones."""
+        return [member for member in self.fleet.members if member.info]
+
+    def wait(self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]]) -> list[Any]:
+        """Their answers; who gives none is lost."""
+        self.fleet.check_open(phase)
+        return self.fleet.each(phase, timeout_s, calls, all_needed=False)
+
+    def lose(self, member: Member, error: ActorLost) -> None:
+        """Have it rebuilt later."""
+        self.fleet.lose(member, error)
+
+
+class OnlyOne(Audience):
+    """One engine, before it is the fleet's again; its errors are the caller's."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+
+    def members(self) -> list[Member]:
+        """That one."""
+        return [self.member]
+
+    def wait(self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]]) -> list[Any]:
+        """Its answer, or ActorLost or ActorError."""
+        return [outcome(ref, member.seat.name, phase, timeout_s, timeout_s) for member, ref in calls]
+
+    def lose(self, member: Member, error: ActorLost) -> None:
+        """Tell the caller."""
+        raise error
+
+
 class Fleet:
     """The engines of a pool.
 
@@ -105,16 +165,6 @@ class Fleet:
         member.info = info
         remember(member.seat.name, info.place)
 
-    def everyone(self, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
-        """Every loaded engine's answer to the same call; one that is lost on the way gives none, and is rebuilt later.
-
-        Raises:
-            ActorError: one failed, or has been lost too often.
-        """
-        self._check_open(phase)
-        calls = [(member, call(member.actor)) for member in self.members if member.info]
-        return self.each(phase, timeout_s, calls, all_needed=False)
-
     def each(
         self, phase: str, timeout_s: float, calls: Sequence[tuple[Member, ray.ObjectRef]], *, all_needed: bool = True
     ) -> list[Any]:
@@ -131,7 +181,7 @@ class Fleet:
                 answers.append(outcome(ref, member.seat.name, phase, deadline - time.monotonic(), timeout_s))
                 trace.span(member.seat.name, phase, start)
             except ActorLost as error:
-                self._lose(member, error)
+                self.lose(member, error)
                 if all_needed:
                     raise
         return answers
@@ -156,10 +206,6 @@ class Fleet:
             "rollout/queue_depth": float(max(a.most_waiting for a in activities)),
         }
 
-    def one(self, member: Member, phase: str, timeout_s: float, call: Callable[[Any], ray.ObjectRef]) -> list[Any]:
-        """One engine's answer to a call; ActorLost or ActorError where it does not come."""
-        return [outcome(call(member.actor), member.seat.name, phase, timeout_s, timeout_s)]
-
     def run(
         self,
         units: Iterable[Unit],
@@ -179,7 +225,7 @@ class Fleet:
             ActorError: an engine failed, was lost more than `rollout.max_restarts` times in a row, or the batch is not
                 done within `rollout.generate_timeout_s`.
         """
-        self._check_open("generating")
+        self.check_open("generating")
         waiting = deque(dict(unit) for unit in units)
         self._batch += 1
         for member in self.members:
@@ -189,7 +235,7 @@ class Fleet:
         deadline = time.monotonic() + self.config.generate_timeout_s
         done: dict[int, Completion] = {}
         while left:
-            self._check_open("generating")  # another thread may shut it down
+            self.check_open("generating")  # another thread may shut it down
             self._deal(waiting)
             asked = sampling | {"longest": longest()}
             for member in self.members:
@@ -233,7 +279,7 @@ class Fleet:
 
     def _missing(self, waiting: Iterable[dict[int, Request]]) -> int:
         """Requests that nobody has finished or given up; a pool that is shut down has no say in that."""
-        self._check_open("generating")
+        self.check_open("generating")
         return sum(map(len, waiting)) + sum(member.load for member in self.members)
 
     def _queues(self) -> str:
@@ -242,7 +288,8 @@ class Fleet:
         ]
         return "; ".join(shown)
 
-    def _check_open(self, phase: str) -> None:
+    def check_open(self, phase: str) -> None:
+        """Raise ActorError if the pool is shut down."""
         if not self.members:
             raise ActorError(f"{phase}: the pool is shut down")
 
@@ -280,7 +327,7 @@ class Fleet:
         try:
             return self._answered(member, answer), []
         except ActorLost as error:
-            return {}, self._lose(member, error)
+            return {}, self.lose(member, error)
 
     def _next(self, deadline: float, missing: str) -> tuple[Member, Any] | None:
         """Who answers next (it, the call) or is overdue (it, an ActorLost); None where one may be started again."""
@@ -329,7 +376,7 @@ class Fleet:
         member.units = [unit for unit in member.units if unit]
         return done
 
-    def _lose(self, member: Member, error: ActorLost) -> list[dict[int, Request]]:
+    def lose(self, member: Member, error: ActorLost) -> list[dict[int, Request]]:
         """Give a member up, to be started again after a while; returns what it had not finished."""
         ray.kill(member.actor)
         unfinished = member.units

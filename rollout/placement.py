@@ -57,6 +57,12 @@ class Plan:
             selectors[seat.bundle].update(seat.labels)
         return selectors
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether an engine sits on a policy rank's GPU."""
+        ranks = {seat.bundle for seat in self.policy if seat.gpus}
+        return any(seat.bundle in ranks for seat in self.engines)
+
     def actors(self, bundle: int) -> list[str]:
         """Who sits there."""
         return [seat.name for seat in self.seats if seat.bundle == bundle]

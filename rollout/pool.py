@@ -22,22 +22,21 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from rlattn.config import ConfigError, RunConfig
 from rlattn.kernels import capture_layers
 from rlattn.problem import Problem
+from rlattn.rollout import transfer
 from rlattn.rollout.checksums import checksums
 from rlattn.rollout.cluster import outcome
 from rlattn.rollout.engine import Completion, Engine, Request
-from rlattn.rollout.engine_args import engine_args, engine_env
-from rlattn.rollout.fleet import Fleet
+from rlattn.rollout.engine_args import check_engine_args, engine_args, engine_env
+from rlattn.rollout.fleet import Audience, Everyone, Fleet, OnlyOne
 from rlattn.rollout.long_tail import Shortest
 from rlattn.rollout.placement import Plan, Seat
 from rlattn.rollout.scoring import score_signals
+from rlattn.rollout.transfer import backend
 from rlattn.signals import HeadGroups
 from rlattn.types import ExtraSignal, Rollouts, Scores
 
 CUT_PATIENCE_S = 0.25  # likewise, where it may show that others are too long
 STREAM_PATIENCE_S = 0.1  # how long what is finished may wait for more, where somebody saves it
-
-Tell = Callable[[str, float, Callable[[Any], ray.ObjectRef]], list[Any]]
-"""(phase, time-out in seconds, call): makes a call to one engine or to all, and waits for their answers."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,11 @@ class RolloutPool:
             ActorError: an engine failed, died or was not loaded within `rollout.start_timeout_s`.
         """
         self.config, self.tokenizer, self.version = config, tokenizer, version
-        args, env = engine_args(config, model_path), engine_env(config)
+        env = engine_env(config)
+        backends = {seat.name: backend(config, plan, seat) for seat in plan.engines}
+        self._broadcast_to = {name for name, kind in backends.items() if kind == "nccl"}
+        check_engine_args(config)
+        self._broadcasts: transfer.Broadcasts | None = None
         self._sent = 0, 0.0  # bytes and seconds of the last transfer
         self.layers: list[int] = []  # that engines are asked about
         if config.signals.source == "rollout":
@@ -82,7 +85,7 @@ class RolloutPool:
             actor = ray.remote(Engine).options(
                 num_cpus=seat.cpus, num_gpus=seat.gpus, runtime_env={"env_vars": env}, scheduling_strategy=where
             )
-            return actor.remote(args, version)
+            return actor.remote(engine_args(config, model_path, backends[seat.name]), version)
 
         self.fleet = Fleet(config.rollout, plan.engines, make, note)
         try:
@@ -209,7 +212,8 @@ class RolloutPool:
         """Have every engine give its memory back until `load_weights` or `load_adapter`, see `rollout.sleep`."""
         keep = self.config.policy.sends_adapters  # an adapter is nothing without the weights beside it
         timeout_s = self.config.rollout.weights_timeout_s
-        self.fleet.everyone("going to sleep", timeout_s, lambda engine: engine.sleep.remote(keep_weights=keep))
+        everyone = Everyone(self.fleet)
+        everyone.tell("going to sleep", timeout_s, lambda engine: engine.sleep.remote(keep_weights=keep))
 
     def load_weights(self, weights: Callable[[], Iterable[ray.ObjectRef]], version: int) -> None:
         """Move new weights into every engine, then empty prefix caches and carry `version`.
@@ -226,7 +230,8 @@ class RolloutPool:
         """
         phase = f"loading weights {version}"
 
-        def send(tell: Tell) -> int:
+        def send(audience: Audience) -> int:
+            tell = audience.tell
             deadline = time.monotonic() + self.config.rollout.weights_timeout_s
             tell(f"{phase} (begin)", _left(deadline), lambda e: e.begin_weights.remote())
             sent = 0
@@ -239,6 +244,18 @@ class RolloutPool:
             tell(f"{phase} (finish)", _left(deadline), lambda e: e.finish_weights.remote(version))
             return sent
 
+        self._publish(send, version)
+
+    def take_weights(self, source: transfer.Source, version: int) -> None:
+        """As `load_weights`, with weights that go from the source's GPUs to the engines'; see `transfer.direct`.
+
+        An engine that is rebuilt before the next update is given what the source has then, which must still be these.
+        """
+        if self._broadcasts is None or self._broadcasts.source is not source:
+            width = self.config.rollout.tensor_parallel_size
+            self._broadcasts = transfer.Broadcasts(source, self._broadcast_to, width)
+        phase, timeout_s = f"loading weights {version}", self.config.rollout.weights_timeout_s
+        send = partial(transfer.send, self._broadcasts, phase=phase, timeout_s=timeout_s, version=version)
         self._publish(send, version)
 
     def load_adapter(self, adapter: Callable[[], ray.ObjectRef], version: int) -> None:
@@ -254,19 +271,19 @@ class RolloutPool:
         """
         timeout_s = self.config.rollout.weights_timeout_s
 
-        def send(tell: Tell) -> int:
+        def send(audience: Audience) -> int:
             files = adapter()
             phase = f"loading adapter {version}"
-            return sum(tell(phase, timeout_s, lambda e: e.load_adapter.remote(files, version)))
+            return sum(audience.tell(phase, timeout_s, lambda e: e.load_adapter.remote(files, version)))
 
         self._publish(send, version)
 
-    def _publish(self, send: Callable[[Tell], int], version: int) -> None:
+    def _publish(self, send: Callable[[Audience], int], version: int) -> None:
         """Send (which gives the bytes) to every engine, and again to each that is rebuilt from now on."""
         start = time.perf_counter()
-        self._sent = send(self.fleet.everyone), time.perf_counter() - start
+        self._sent = send(Everyone(self.fleet)), time.perf_counter() - start
         self.version = version
-        self.fleet.supply = lambda member: send(partial(self.fleet.one, member))
+        self.fleet.supply = lambda member: send(OnlyOne(member))
 
     def metrics(self) -> dict[str, float]:
         """What the engines did in the last batch, see `Fleet.metrics`; of the last weights or adapter sent to them

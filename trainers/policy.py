@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -12,6 +14,7 @@ from torch import Tensor
 from rlattn import credit, losses, packing
 from rlattn.config import RunConfig
 from rlattn.rollout.placement import Plan
+from rlattn.rollout.transfer import Bucket
 from rlattn.signals import HeadGroups, group_tensor
 from rlattn.trainers.group import RankGroup, update_metrics
 from rlattn.trainers.worker import PolicyWorker, ShardScores
@@ -84,6 +87,28 @@ class Policy(RankGroup):
     def weights(self) -> list[ray.ObjectRef]:
         """The current weights as object references, each a bucket `{Hugging Face name: CPU tensor}`."""
         return self.all("gather weights", [rank.weights.remote() for rank in self.ranks])[0]
+
+    def next_weights(self, *, first: bool) -> Bucket | None:
+        """See `rlattn.rollout.transfer.Source`; what a rank's GPU holds can be read by engines on the same GPU."""
+        found = self.all("gather weights", [rank.next_weights.remote(first=first) for rank in self.ranks])
+        if found[0] is None:
+            return None
+        merged = [dict(ChainMap(*handles)) for handles in zip(*(own.handles for own in found), strict=True)]
+        whole: Bucket = found[0]._replace(handles=merged)
+        return whole
+
+    def meet(self, world_size: int) -> tuple[str, int, ray.ObjectRef]:
+        """See `rlattn.rollout.transfer.Source`."""
+        endpoint = urlsplit(self.all("rendezvous", [self.ranks[0].endpoint.remote()])[0])
+        assert endpoint.hostname
+        assert endpoint.port
+        met = self.ranks[0].meet.remote(endpoint.hostname, endpoint.port, world_size)
+        return endpoint.hostname, endpoint.port, met
+
+    def broadcast(self, receivers: list[ray.ObjectRef], timeout_s: float) -> bool:
+        """See `rlattn.rollout.transfer.Source`."""
+        sent: bool = self.all("broadcast weights", [self.ranks[0].broadcast.remote(receivers, timeout_s)])[0]
+        return sent
 
     def adapter(self) -> ray.ObjectRef:
         """The current adapters in PEFT's format, file name -> bytes, as an object reference."""

@@ -95,6 +95,12 @@ class Rank:
 
     def buckets(self) -> Iterator[dict[str, Tensor]]:
         """Dicts name -> CPU tensor of at most BUCKET_BYTES, on rank 0; every rank must iterate (ZeRO-3 gathers)."""
+        for entries_of_one in self.gathered():
+            if self.rank == 0:
+                yield {name: make().to("cpu", copy=True) for name, _, make in entries_of_one}
+
+    def gathered(self) -> Iterator[list[Entry]]:
+        """The weights in lists of at most BUCKET_BYTES, whole until the next is asked for; every rank must iterate."""
         bucket: list[Entry] = []
         size = 0
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
@@ -107,8 +113,7 @@ class Rank:
             if size >= BUCKET_BYTES or i == len(everything) - 1:
                 needed = [p for _, parameters, _ in bucket for p in parameters]
                 with GatheredParameters(needed, enabled=hasattr(weight, "ds_id")):
-                    if self.rank == 0:
-                        yield {name: make().to("cpu", copy=True) for name, _, make in bucket}
+                    yield bucket
                 bucket, size = [], 0
 
     def trained(self, model: nn.Module, learning_rate: float) -> Any:

@@ -262,6 +262,8 @@ def start(
                     critic.load(path or reference_path, source / "critic" if source else None)
 
             loaded = side.submit(load)
+            if layout.shares_gpus:
+                loaded.result()  # first, since vLLM measures what others leave it of its GPU
             version = Checkpoints.step_of(checkpoint) if checkpoint else 0
             served = reference_path if config.policy.sends_adapters else model_path
             rollout = RolloutPool(

@@ -22,6 +22,7 @@ from rlattn.dynamic_sampling import fill
 from rlattn.evaluation.in_training import evaluate
 from rlattn.problem import Problem
 from rlattn.rollout.pool import RolloutPool
+from rlattn.rollout.transfer import direct
 from rlattn.signals import HeadGroups, signal_metrics
 from rlattn.tasks import Task
 from rlattn.timing import PhaseTimer
@@ -106,6 +107,8 @@ class Trainer(ABC):
         self._ahead.wait()
         if self.config.policy.sends_adapters:
             self.rollout.load_adapter(_kept(self.policy.adapter), version)
+        elif direct(self.config):
+            self.rollout.take_weights(self.policy, version)
         else:
             weights = self.policy.weights
             self.rollout.load_weights(_kept(weights) if self.config.rollout.steps_ahead else weights, version)

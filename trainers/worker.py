@@ -20,6 +20,7 @@ from rlattn.kernels import Capture, FlowMap, FlowOptions
 from rlattn.losses.inputs import LossInputs
 from rlattn.losses.token import micro_batch_loss
 from rlattn.packing import MicroBatch
+from rlattn.rollout.transfer import Bucket
 from rlattn.signals import (
     HeadMeans,
     SignalRows,
@@ -33,6 +34,7 @@ from rlattn.signals import (
 from rlattn.trainers.lora import adapted
 from rlattn.trainers.model import PolicyModel, captured_layers, load_model
 from rlattn.trainers.rank import Rank
+from rlattn.trainers.sending import Sender
 from rlattn.types import ExtraSignal
 
 
@@ -73,6 +75,8 @@ class PolicyWorker(Rank):
         model = PolicyModel(self.lm, self.config.rollout.temperature, learn_entropy=self.bonus)
         self.engine = self.trained(model, policy.learning_rate)
         self.restore(checkpoint)
+        gathers = any(hasattr(parameter, "ds_id") for parameter in self.lm.parameters())  # ZeRO-3
+        self.sender = Sender(self.gathered, lends=self.config.ray.placement == "colocate", gathers=gathers)
         self.options = statistics_options(signals)
         self.layers = captured_layers(signals, self.lm.config)
         self.receivers = receivers_of(signals)
@@ -218,6 +222,20 @@ class PolicyWorker(Rank):
     def weights(self) -> list[ray.ObjectRef]:
         """The whole policy in Hugging Face names, gathered bucket by bucket; refs on rank 0, none elsewhere."""
         return [ray.put(bucket) for bucket in self.buckets()]
+
+    def next_weights(self, *, first: bool) -> Bucket | None:
+        """Make the next bucket of weights, or the `first` of a transfer, ready to be read from this GPU; None after the
+        last. Every rank must be asked.
+        """
+        return self.sender.next(first=first, device=self.device, check=self.config.rollout.check_weights)
+
+    def meet(self, host: str, port: int, world_size: int) -> None:
+        """Wait for the engines that weights are broadcast to."""
+        self.sender.meet(host, port, world_size)
+
+    def broadcast(self, receivers: list[ray.ObjectRef], timeout_s: float) -> bool:
+        """Send them the bucket that is ready; False if one failed or it took too long."""
+        return self.sender.broadcast(receivers, timeout_s)
 
 
 def spread(micro: MicroBatch, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -43,6 +43,9 @@ class RolloutConfig(Section):
     """Skip compilation and CUDA graphs: starts sooner, generates slower."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Passed to `vllm.LLM` as they are; keys that rlattn sets are refused."""
+    weight_transfer: Literal["auto", "object_store"] = "auto"
+    """How engines are given new weights. `auto`: on GPUs straight from the policy's memory, read there by an engine on
+    the same GPU and broadcast by NCCL to the others; by Ray's object store on CPUs and with `steps_ahead`."""
     check_weights: bool = False
     """Compare checksums of every tensor as an engine's workers receive it with the policy's; costs a pass over the
     weights on both sides."""
