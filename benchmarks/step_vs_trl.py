@@ -107,6 +107,7 @@ def ours(shape: str, folder: Path, credit: str) -> list[dict[str, float]]:
         "rollout": {
             "num_generations": generations,
             "max_prompt_length": prompt,
+            "sleep": gpu,
             "max_completion_length": longest,
             "enforce_eager": not gpu,
             "engine_args": {"max_num_seqs": prompts * generations},
@@ -117,7 +118,8 @@ def ours(shape: str, folder: Path, credit: str) -> list[dict[str, float]]:
             "cpus_per_rank": 4 if gpu else 1,
             "gradient_checkpointing": True,
             "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
-            "deepspeed": {"data_types": {"grad_accum_dtype": "bf16"}} if shape == "4b" else {},
+            "deepspeed": {"zero_optimization": {"stage": 1}}
+            | ({"data_types": {"grad_accum_dtype": "bf16"}} if shape == "4b" else {}),
         },
         "trainer": {
             "steps": WARMUP + MEASURED,

@@ -127,12 +127,8 @@ def send(broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: floa
     def left() -> float:
         return max(0.0, deadline - time.monotonic())
 
-    def tell(part: str, call: str, *args: Any) -> list[Any]:
-        calls = [(member, getattr(member.actor, call).remote(*args)) for member in audience.members()]
-        return audience.wait(f"{phase} ({part})", left(), calls)
-
     broadcasts.form(audience, phase, left())
-    tell("begin", "begin_weights")
+    audience.tell(f"{phase} (begin)", left(), lambda engine: engine.begin_weights.remote())
     sent = index = 0
     bucket = broadcasts.source.next_weights(first=True)
     while bucket is not None:
@@ -142,5 +138,5 @@ def send(broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: floa
         alive = {member.seat.name for member in audience.members()}
         sent += sum(audience.wait(part, left(), [call for call in calls if call[0].seat.name in alive]))
         bucket, index = broadcasts.source.next_weights(first=False), index + 1
-    tell("finish", "finish_weights", version)
+    audience.tell(f"{phase} (finish)", left(), lambda engine: engine.finish_weights.remote(version))
     return sent

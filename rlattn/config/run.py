@@ -24,6 +24,7 @@ FREE = (
     "ray.",
     "rollout.check_weights",
     "rollout.max_restarts",
+    "rollout.weight_transfer",
     "trainer.best_metric",
     "trainer.checkpoint_url",
     "trainer.greater_is_better",
@@ -94,6 +95,15 @@ class RunConfig(Section):
             raise ValueError("rewards.verifier_weight=0 without rewards.functions leaves no reward; set one of them")
         if self.algorithm.name == "ppo":
             self._check_ppo()
+        block = self.policy.deepspeed
+        sharded = block.get("zero_optimization", {}).get("stage", 0) > 0
+        accumulated = block.get("data_types", {}).get("grad_accum_dtype", "fp32")
+        if self.model.dtype == "bfloat16" and not sharded and accumulated != "bf16":
+            raise ValueError(
+                f"policy.deepspeed without zero_optimization.stage of 1 to 3 cannot add up gradients in {accumulated} "
+                "for model.dtype=bfloat16 (DeepSpeed has no such optimizer); leave policy.deepspeed out, which means "
+                "stage 1, give it a stage, or set its data_types.grad_accum_dtype to bf16"
+            )
         if self.rollout.steps_ahead and not self.algorithm.vllm_importance_sampling_correction:
             raise ValueError(
                 "rollout.steps_ahead=1 learns from completions of older weights, which needs "

@@ -168,6 +168,18 @@ def test_engines_sleep_where_they_share_a_gpu_and_have_nothing_to_do():
     assert RunConfig.model_validate({"rollout": {"sleep": True}, "ray": {"placement": "colocate"}}).rollout.sleep
 
 
+def test_bfloat16_without_zero_needs_gradients_of_its_own_type():
+    def build(block, dtype="bfloat16"):
+        return RunConfig.model_validate({"model": {"dtype": dtype}, "policy": {"deepspeed": block}})
+
+    for refused in ({}, {"zero_optimization": {"stage": 0}}):
+        with pytest.raises(ValueError, match=r"cannot add up gradients in fp32 for model\.dtype=bfloat16"):
+            build(refused)
+        build(refused, "float32")
+        build(refused | {"data_types": {"grad_accum_dtype": "bf16"}})
+    build({"zero_optimization": {"stage": 1}})
+
+
 def test_a_step_ahead_needs_the_correction():
     with pytest.raises(ValueError, match=r"rollout\.steps_ahead=1 learns from completions of older weights"):
         RunConfig.model_validate({"rollout": {"steps_ahead": 1}})
