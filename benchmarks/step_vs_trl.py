@@ -34,118 +34,23 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # which -P leaves off
-from shapes import DEVICE, SHAPES, make_model, vocabulary
+from loop import GPU_SHARE, TOKENS_PER_MICRO_BATCH, Load, ends, make_inputs, run_tree, train
+from shapes import DEVICE, SHAPES
 
-LOADS = {  # prompts, completions each, prompt tokens, most completion tokens, mean length if there were no limit
-    "0.6b": (16, 8, 128, 1024, 512),
-    "4b": (16, 8, 128, 1024, 512),
-    "tiny": (4, 4, 16, 48, 32),
+LOADS = {
+    "0.6b": Load(prompts=16, generations=8, prompt=128, longest=1024, mean=512),
+    "4b": Load(prompts=16, generations=8, prompt=128, longest=1024, mean=512),
+    "tiny": Load(prompts=4, generations=4, prompt=16, longest=48, mean=32),
 }
 SIDES = ("trl", "trl-bf16", "uniform", "coupled")
 WARMUP, MEASURED = 2, 5
-GPU_SHARE = 0.3  # of the memory, vLLM's
-TOKENS_PER_MICRO_BATCH = 16_384
 LONGER = 0.1  # most that mean lengths of two sides may differ, relative
 APART = {"cuda": 0.1, "cpu": 1e-3}  # most mean difference of a token's log-prob between engine and trainer
-REWARD = """
-def reward(completions, **columns):
-    return [len(text) % 7 / 7 for text in completions]
-"""
-
-
-def make_inputs(shape: str, folder: Path) -> None:
-    """A model with its tokenizer, training prompts, and a reward that tells completions apart."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
-
-    prompts, _, prompt, _, _ = LOADS[shape]
-    model = make_model(shape)
-    model.generation_config = GenerationConfig(eos_token_id=ends(shape), pad_token_id=0)
-    model.save_pretrained(folder / "model")
-    del model
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary(shape))}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0").save_pretrained(
-        folder / "model"
-    )
-    draws = torch.Generator().manual_seed(1)
-    rows = torch.randint(
-        vocabulary(shape) // 2, vocabulary(shape), (prompts * (WARMUP + MEASURED), prompt), generator=draws
-    ).tolist()
-    lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in row)}) + "\n" for row in rows]
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    (folder / "reward.py").write_text(REWARD)
-
-
-def ends(shape: str) -> list[int]:
-    """Tokens that end a completion: the model is nearly uniform over its vocabulary, so their share sets the length."""
-    return list(range(max(1, vocabulary(shape) // LOADS[shape][4])))
 
 
 def ours(shape: str, folder: Path, credit: str) -> list[dict[str, float]]:
-    """Steps of `rlattn train`, as its metrics tell them."""
-    from rlattn.tracking import read_metrics
-
-    prompts, generations, prompt, longest, _ = LOADS[shape]
-    gpu, run = DEVICE == "cuda", folder / credit
-    config = {
-        "output_dir": str(run),
-        "model": {"path": str(folder / "model"), "dtype": "bfloat16" if gpu else "float32"},
-        "task": {
-            "name": "dataset",
-            "options": {
-                "train": str(folder / "prompts.jsonl"),
-                "test": str(folder / "prompts.jsonl"),
-                "prompt": "{prompt}",
-                "verifier": "none",
-                "answer": "{prompt}",
-            },
-        },
-        "rewards": {"verifier_weight": 0, "functions": [{"function": f"{folder / 'reward.py'}:reward"}]},
-        "credit": {"name": credit},
-        "algorithm": {"vllm_importance_sampling_correction": True},
-        "rollout": {
-            "num_generations": generations,
-            "max_prompt_length": prompt,
-            "sleep": gpu,
-            "max_completion_length": longest,
-            "enforce_eager": not gpu,
-            "engine_args": {"max_num_seqs": prompts * generations},
-        }
-        | ({"gpu_memory_utilization": GPU_SHARE} if gpu else {"kv_cache_gib": 0.25}),
-        "policy": {
-            "gpus_per_rank": 0.5 if gpu else 0,
-            "cpus_per_rank": 4 if gpu else 1,
-            "gradient_checkpointing": True,
-            "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
-            "deepspeed": {"zero_optimization": {"stage": 1}}
-            | ({"data_types": {"grad_accum_dtype": "bf16"}} if shape == "4b" else {}),
-        },
-        "trainer": {
-            "steps": WARMUP + MEASURED,
-            "prompts_per_step": prompts,
-            "eval_steps": 0,
-            "save_steps": 0,
-            "log_completions": 0,
-        },
-        "ray": {"placement": "colocate"} if gpu else {},
-    }
-    (folder / f"{credit}.json").write_text(json.dumps(config))
-    command = [sys.executable, "-P", "-m", "rlattn.cli", "train", str(folder / f"{credit}.json")]
-    subprocess.run(command, check=True, timeout=1200)
-    phases = ("generate", "reward", "score", "credit", "update", "weights")
-    return [
-        {
-            "seconds": line["timing_s/step"],
-            "tokens": line["completions/mean_length"] * prompts * generations,
-            "length": line["completions/mean_length"],
-            "loss": line["loss"],
-            "apart": line["sampling/sampling_logp_difference/mean"],
-        }
-        | {phase: line[f"timing_s/{phase}"] for phase in phases}
-        for line in read_metrics(run)
-        if line["step"] > 0
-    ]
+    """Steps of `rlattn train`."""
+    return train(run_tree(shape, LOADS[shape], WARMUP + MEASURED, folder, credit, credit), 1200)
 
 
 def theirs(shape: str, folder: Path, dtype: str) -> list[dict[str, float]]:
@@ -154,17 +59,17 @@ def theirs(shape: str, folder: Path, dtype: str) -> list[dict[str, float]]:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    prompts, generations, prompt, longest, _ = LOADS[shape]
-    gpu, rows = DEVICE == "cuda", max(1, min(prompts * generations, TOKENS_PER_MICRO_BATCH // (prompt + longest)))
-    while prompts * generations % rows:
+    load = LOADS[shape]
+    gpu, rows = DEVICE == "cuda", max(1, min(load.sequences, TOKENS_PER_MICRO_BATCH // (load.prompt + load.longest)))
+    while load.sequences % rows:
         rows -= 1
-    sampling: dict[str, Any] = {"generation_kwargs": {"eos_token_id": ends(shape)}}
+    sampling: dict[str, Any] = {"generation_kwargs": {"eos_token_id": ends(shape, load)}}
     if gpu:
         sampling = {
             "use_vllm": True,
             "vllm_mode": "colocate",
             "vllm_gpu_memory_utilization": GPU_SHARE,
-            "vllm_max_model_length": prompt + longest,
+            "vllm_max_model_length": load.prompt + load.longest,
         }
     args = GRPOConfig(
         output_dir=str(folder / "trl"),
@@ -173,9 +78,9 @@ def theirs(shape: str, folder: Path, dtype: str) -> list[dict[str, float]]:
         model_init_kwargs={"dtype": dtype},
         gradient_checkpointing=True,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=prompts * generations // rows,
-        num_generations=generations,
-        max_completion_length=longest,
+        gradient_accumulation_steps=load.sequences // rows,
+        num_generations=load.generations,
+        max_completion_length=load.longest,
         max_steps=WARMUP + MEASURED,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
@@ -237,7 +142,7 @@ def theirs(shape: str, folder: Path, dtype: str) -> list[dict[str, float]]:
     logs = [line for line in trainer.state.log_history if "completions/mean_length" in line]
     for step, line in zip(steps, logs, strict=True):
         step["length"] = line["completions/mean_length"]
-        step["tokens"] = step["length"] * prompts * generations
+        step["tokens"] = step["length"] * load.sequences
         step["loss"] = line["loss"]
         step["apart"] = line.get("sampling/sampling_logp_difference/mean", 0.0)
         step["generate"] -= step.get("weights", 0.0)  # TRL sends weights as it begins to sample
@@ -274,7 +179,7 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     measured = steps[WARMUP:]
     assert len(measured) == MEASURED, f"{len(steps)} steps"
     assert all(math.isfinite(step["loss"]) for step in steps), steps
-    medians = {name: statistics.median(step[name] for step in measured) for name in measured[0]}
+    medians = {name: statistics.median(step[name] for step in measured) for name in measured[0] if name != "step"}
     speed = sum(step["tokens"] for step in measured) / sum(step["seconds"] for step in measured)
     return medians | {"tokens_per_second": speed, "length": statistics.mean(step["length"] for step in measured)}
 
@@ -282,9 +187,7 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 def compare(shape: str, sides: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        make_inputs(shape, Path(name))
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
+        make_inputs(shape, LOADS[shape], WARMUP + MEASURED, Path(name))
         for side in sides:
             env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONWARNINGS": "ignore"}
             with PeakMemory() as memory:

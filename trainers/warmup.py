@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import WordLevelTrainer
@@ -57,6 +58,15 @@ def warmup(config: RunConfig, progress: Progress) -> Path:
     folder = settings.cache_dir / cache_key(config)
     if folder.is_dir():
         return folder
+    settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.cache_dir / f".{folder.name}.lock"):  # of runs that start together one makes it
+        if not folder.is_dir():
+            _make(config, folder, progress)
+    return folder
+
+
+def _make(config: RunConfig, folder: Path, progress: Progress) -> None:
+    settings = config.model.warmup
     bar = progress.add_task("warm start: solutions", total=settings.steps)
     task = load_task(config.task, config.task.seed)
     if not isinstance(task, TeachableTask):
@@ -67,7 +77,6 @@ def warmup(config: RunConfig, progress: Progress) -> Path:
     tokenizer = build_tokenizer(texts)
     set_seed(settings.seed)
     model = build_model(settings, tokenizer)
-    settings.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix=".unfinished-") as scratch:
         progress.update(bar, description=f"warm start: SFT, {model.num_parameters() / 1e6:.1f}M parameters")
         if not torch.cuda.is_available():
@@ -88,12 +97,7 @@ def warmup(config: RunConfig, progress: Progress) -> Path:
         finished = Path(scratch) / "model"
         model.save_pretrained(finished)
         tokenizer.save_pretrained(finished)
-        try:
-            os.replace(finished, folder)
-        except OSError:  # another process finished the same model first
-            if not folder.is_dir():
-                raise
-    return folder
+        os.replace(finished, folder)
 
 
 def cache_key(config: RunConfig) -> str:

@@ -97,4 +97,4 @@ def _launcher(study: StudyConfig, lock: int) -> Launcher:
         from rlattn.trainers.jobs import Jobs
 
         return Jobs(study.launch)
-    return Processes(lock)
+    return Processes(lock, study.launch.at_once)

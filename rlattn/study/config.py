@@ -17,13 +17,14 @@ OWNED = {"seed": "`seeds`", "output_dir": "`output_dir`"}
 class LaunchConfig(Section):
     """How runs are run."""
 
-    mode: Literal["sequential", "jobs"] = "sequential"
-    """`sequential`: one after the other on this machine, each a process of its own. `jobs`: Ray jobs, several at a
-    time, that write into `output_dir` on a file system which the cluster shares with this machine."""
+    mode: Literal["local", "jobs"] = "local"
+    """`local`: processes of this machine, each with a Ray of its own. `jobs`: Ray jobs that write into `output_dir` on
+    a file system which the cluster shares with this machine."""
     address: str | None = None
     """jobs: of the cluster's job server, such as `http://head:8265`; None means what RAY_API_SERVER_ADDRESS says."""
-    at_once: Positive = 2
-    """jobs: most jobs at a time."""
+    at_once: Positive = 1
+    """Most runs at a time. Local ones share this machine's cores and GPUs without knowing of each other: let
+    `rollout.gpu_memory_utilization` be the share that an engine of one run may take."""
     python: str = "python"
     """jobs: the cluster's interpreter, in whose environment rlattn is installed."""
     runtime_env: dict[str, Any] = Field(default_factory=dict)

@@ -16,10 +16,9 @@ STOP_TIMEOUT_S = 60  # a run that is interrupted shuts Ray down first
 class Processes:
     """A launcher whose runs end with this process. The output of a run goes to `train.log` in its folder."""
 
-    at_once = 1
-
-    def __init__(self, lock: int) -> None:
-        """`lock` is a file descriptor that runs keep open for as long as they live."""
+    def __init__(self, lock: int, at_once: int) -> None:
+        """`lock` is a file descriptor that runs keep open for as long as they live, `at_once` how many run at most."""
+        self.at_once = at_once
         self._lock = lock
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -221,6 +221,7 @@ class TestVerify:
             )),
         ],
     )  # fmt: skip
+    @pytest.mark.usefixtures("quiet_gc")
     def test_hostile_text_is_cheap(self, text):
         started = time.thread_time()
         assert verify(TASK, problem([1, 2, 3], 3), text)["accuracy"] == 0
@@ -236,6 +237,7 @@ def oracle(completion: str, numbers: list[int], target: int) -> bool:
     return sorted(map(int, re.findall("[0-9]+", text))) == sorted(numbers) and value == target
 
 
+@pytest.mark.usefixtures("quiet_gc")
 @pytest.mark.usefixtures("quiet_gc")
 def test_fuzz_100_000_answers():
     rng = random.Random(0)

@@ -46,7 +46,7 @@ def test_warmup_makes_a_model_once(tmp_path):
         assert warmup(config, progress) == folder
         assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
         again = warmup(config.model_copy(update={"model": run_config(tmp_path / "again").model}), progress)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "again"] == [folder.name]
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "." and path.name != "again"] == [folder.name]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "qwen3"
     assert model.config.eos_token_id == tokenizer.eos_token_id
