@@ -285,7 +285,7 @@ def test_one_study_at_a_time_in_a_folder(tmp_path, monkeypatch):
 
 def test_a_shipped_study_is_found_by_name_and_others_are_listed():
     assert read_tree("quickstart", shelf="studies")["baseline"] == "uniform"
-    with pytest.raises(ConfigError, match=r"no config file at 'quick'.*\(quickstart\)"):
+    with pytest.raises(ConfigError, match=r"no config file at 'quick'.*\(countdown, quickstart\)"):
         load_study("quick")
 
 
