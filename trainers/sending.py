@@ -17,6 +17,7 @@ from rlattn.rollout.checksums import checksums
 from rlattn.rollout.transfer import Bucket
 from rlattn.trainers.lora import Entry
 
+NOTHING = Bucket([], [], [], 0, [], None)
 LOOK_S = 0.0005  # between two looks at a broadcast
 CHECK_S = 0.2  # between two looks at those who receive it
 
@@ -28,11 +29,13 @@ class Sender:
     they have the rest of its layer, so what was made for a bucket is kept until the next one has been read.
     """
 
-    def __init__(self, gathered: Callable[[], Iterator[list[Entry]]], *, lends: bool, gathers: bool) -> None:
-        """`gathered` gives the weights from the first on, whole for a while only if it `gathers` them (ZeRO-3); with
-        `lends` other processes on this GPU may read them.
+    def __init__(
+        self, gathered: Callable[[], Iterator[list[Entry]]], *, gathers: bool, lends: bool, sends: bool
+    ) -> None:
+        """`gathered` gives the weights from the first on, whole for a while only if it `gathers` them (ZeRO-3). With
+        `lends` other processes on this GPU may read them, with `sends` this one broadcasts; else it gathers, no more.
         """
-        self._gathered, self._lends, self._gathers = gathered, lends, gathers
+        self._gathered, self._gathers, self._lends, self._sends = gathered, gathers, lends, sends
         self._left: Iterator[list[Entry]] = iter(())
         self._before: dict[str, Tensor] = {}
         self._now: dict[str, Tensor] = {}
@@ -52,6 +55,8 @@ class Sender:
             self._before, self._now = {}, {}
             torch.cuda.ipc_collect()
             return None
+        if not (self._lends or self._sends):
+            return NOTHING
         made = {name: make().to(device) for name, _, make in entries}
         stays = {
             name

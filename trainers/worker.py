@@ -76,7 +76,8 @@ class PolicyWorker(Rank):
         self.engine = self.trained(model, policy.learning_rate)
         self.restore(checkpoint)
         gathers = any(hasattr(parameter, "ds_id") for parameter in self.lm.parameters())  # ZeRO-3
-        self.sender = Sender(self.gathered, lends=self.config.ray.placement == "colocate", gathers=gathers)
+        lends = self.config.ray.placement == "colocate"
+        self.sender = Sender(self.gathered, gathers=gathers, lends=lends, sends=self.rank == 0)
         self.options = statistics_options(signals)
         self.layers = captured_layers(signals, self.lm.config)
         self.receivers = receivers_of(signals)

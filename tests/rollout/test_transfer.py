@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,21 +49,20 @@ def gpus() -> int:
 
 
 @pytest.fixture(scope="module")
-def ray_on_gpus(tmp_path_factory):
+def ray_on_gpus():
+    """Runs from another folder than the source tree, which Ray would put on its workers' path."""
     import ray
 
+    if gpus() < 1:
+        pytest.skip("needs a GPU")
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(gpus() < 1, reason="needs a GPU")
-@pytest.mark.parametrize("lora", [None, {"sync": "merged", "r": 8}], ids=["whole", "merged adapters"])
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("placement", ["colocate", "separate"])
-def test_engines_hold_what_the_policy_learned(ray_on_gpus, tmp_path: Path, placement, stage, lora) -> None:
-    """Checksums of all that arrives; then an engine that was killed is given the same, and samples the same."""
+@contextmanager
+def running(tmp_path: Path, placement: str, stage: int = 1, lora: dict[str, Any] | None = None) -> Iterator[Any]:
+    """A policy, a pool with one engine, and `apart`: how far their log-probs of sampled rollouts lie apart."""
     import ray
     from rollout_tiny import save_model
     from transformers import AutoTokenizer
@@ -70,9 +72,9 @@ def test_engines_hold_what_the_policy_learned(ray_on_gpus, tmp_path: Path, place
     from rlattn.rollout.pool import RolloutPool
     from rlattn.trainers.policy import Policy
 
-    if placement == "separate" and gpus() < 2:
-        pytest.skip("needs two GPUs")
     colocated = placement == "colocate"
+    if gpus() < (1 if colocated else 2):
+        pytest.skip("needs another GPU")
     config = run_config(
         model={"dtype": "bfloat16"},
         policy={
@@ -100,33 +102,79 @@ def test_engines_hold_what_the_policy_learned(ray_on_gpus, tmp_path: Path, place
     pool = RolloutPool(config, model, AutoTokenizer.from_pretrained(model), plan=layout, group=group)
     problems, steps = [Problem(str(i), f"{i} + {i}", None) for i in range(3)], count()
 
-    def sample():
+    awake = True
+
+    def sample() -> Any:
+        nonlocal awake
+        awake = True
         return pool.generate(problems, 4, seed=0, step=next(steps))
 
-    def apart(rollouts) -> float:
-        if colocated:
+    def apart(rollouts: Any) -> float:
+        nonlocal awake
+        if colocated and awake:
             pool.sleep()
+        awake = False
         rows = rollouts.response_mask
         return (policy.score(rollouts).logps - rollouts.sampled_logps)[rows].abs().mean().item()
 
+    def learn(rollouts: Any, step: int) -> None:
+        advantages = torch.randn(len(rollouts.token_ids), generator=torch.Generator().manual_seed(step))
+        policy.update(rollouts, policy.score(rollouts), advantages, step)
+        assert apart(rollouts) > 0.05
+
     try:
-        before = sample()
-        assert apart(before) < 0.02
+        yield policy, pool, sample, apart, learn
+    finally:
+        pool.shutdown()
+        ray.util.remove_placement_group(group)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lora", [None, {"sync": "merged", "r": 8}], ids=["whole", "merged adapters"])
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("placement", ["colocate", "separate"])
+def test_engines_hold_what_the_policy_learned(ray_on_gpus, tmp_path, placement, stage, lora) -> None:
+    """Checksums of all that arrives, and equal log-probs; an engine that is rebuilt is given the same."""
+    import ray
+
+    with running(tmp_path, placement, stage, lora) as (policy, pool, sample, apart, learn):
+        rollouts = sample()
+        assert apart(rollouts) < 0.02
         for version in (1, 2):
-            scores = policy.score(before)
-            advantages = torch.randn(len(before.token_ids), generator=torch.Generator().manual_seed(version))
-            policy.update(before, scores, advantages, version)
-            assert (policy.score(before).logps - before.sampled_logps)[before.response_mask].abs().mean() > 0.05
+            learn(rollouts, version)
             pool.take_weights(policy, version)
-            after = sample()
-            assert set(after.policy_version.tolist()) == {version}
-            assert apart(after) < 0.02
-            pool.take_weights(policy, version)
+            rollouts = sample()
+            assert set(rollouts.policy_version.tolist()) == {version}
+            assert apart(rollouts) < 0.02
+        pool.take_weights(policy, 2)
         ray.kill(pool.fleet.members[0].actor)
         rebuilt = sample()
         assert pool.fleet.lost == 1
         assert set(rebuilt.policy_version.tolist()) == {2}
         assert apart(rebuilt) < 0.02
-    finally:
-        pool.shutdown()
-        ray.util.remove_placement_group(group)
+
+
+@pytest.mark.gpu
+def test_an_engine_that_dies_in_a_broadcast_is_rebuilt_and_given_it_again(ray_on_gpus, tmp_path) -> None:
+    import ray
+
+    with running(tmp_path, "separate") as (policy, pool, sample, apart, learn):
+
+        class Kills:
+            """The policy, which kills the engine as it is about to send."""
+
+            next_weights, meet, done = policy.next_weights, policy.meet, False
+
+            def broadcast(self, receivers: list[Any], timeout_s: float) -> bool:
+                if not self.done:
+                    self.done = True
+                    ray.kill(pool.fleet.members[0].actor)
+                return policy.broadcast(receivers, timeout_s)
+
+        rollouts = sample()
+        learn(rollouts, 1)
+        pool.take_weights(Kills(), 1)
+        assert pool.fleet.lost == 1
+        rebuilt = sample()
+        assert set(rebuilt.policy_version.tolist()) == {1}
+        assert apart(rebuilt) < 0.02
