@@ -249,14 +249,15 @@ class RolloutPool:
     def take_weights(self, source: transfer.Source, version: int) -> None:
         """As `load_weights`, with weights that go from the source's GPUs to the engines'; see `transfer.direct`.
 
-        An engine that is rebuilt before the next update is given what the source has then, which must still be these.
+        An engine that is rebuilt before the next update is given what the source has then, which must still be these;
+        with `rollout.steps_ahead`, what it kept of them.
         """
         if self._broadcasts is None or self._broadcasts.source is not source:
             width = self.config.rollout.tensor_parallel_size
             self._broadcasts = transfer.Broadcasts(source, self._broadcast_to, width)
         phase, timeout_s = f"loading weights {version}", self.config.rollout.weights_timeout_s
         send = partial(transfer.send, self._broadcasts, phase=phase, timeout_s=timeout_s, version=version)
-        self._publish(send, version)
+        self._publish(send, version, again=partial(send, again=bool(self.config.rollout.steps_ahead)))
 
     def load_adapter(self, adapter: Callable[[], ray.ObjectRef], version: int) -> None:
         """Have every engine apply an adapter beside its weights, in place of the one before, and carry `version`.
@@ -278,12 +279,14 @@ class RolloutPool:
 
         self._publish(send, version)
 
-    def _publish(self, send: Callable[[Audience], int], version: int) -> None:
-        """Send (which gives the bytes) to every engine, and again to each that is rebuilt from now on."""
+    def _publish(
+        self, send: Callable[[Audience], int], version: int, again: Callable[[Audience], int] | None = None
+    ) -> None:
+        """Send (which gives the bytes) to every engine, and `again` to each that is rebuilt from now on."""
         start = time.perf_counter()
         self._sent = send(Everyone(self.fleet)), time.perf_counter() - start
         self.version = version
-        self.fleet.supply = lambda member: send(OnlyOne(member))
+        self.fleet.supply = lambda member: (again or send)(OnlyOne(member))
 
     def metrics(self) -> dict[str, float]:
         """What the engines did in the last batch, see `Fleet.metrics`; of the last weights or adapter sent to them

@@ -1,7 +1,7 @@
 """New weights straight from GPU to GPU, by vLLM's own weight-transfer interface.
 
 An engine that shares a policy rank's GPU reads the weights where they lie (CUDA IPC); the others get them broadcast
-from rank 0 (NCCL). On CPUs, and with `rollout.steps_ahead`, weights go by Ray's object store instead (`RolloutPool`).
+from rank 0 (NCCL). On CPUs weights go by Ray's object store instead (`RolloutPool.load_weights`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,11 @@ class Bucket(NamedTuple):
 class Source(Protocol):
     """Who has the weights: the policy."""
 
-    def next_weights(self, *, first: bool) -> Bucket | None:
-        """The next bucket, or the `first` one; None after the last. It is whole until the next is asked for."""
+    def next_weights(self, *, first: bool, again: bool = False) -> Bucket | None:
+        """The next bucket, or the `first` one; None after the last. It is whole until the next is asked for.
+
+        `again` are those of the last transfer, where the source keeps them: with `rollout.steps_ahead`.
+        """
 
     def meet(self, world_size: int) -> tuple[str, int, ray.ObjectRef]:
         """Have rank 0 wait for `world_size` - 1 others; returns the host and port where, and when it is done."""
@@ -59,12 +62,13 @@ class Source(Protocol):
 def direct(config: RunConfig) -> bool:
     """Whether weights go straight from GPU to GPU.
 
-    Not with `steps_ahead`: the policy learns while engines sample, so it could not give one that is rebuilt the same
-    weights again.
+    Not with `steps_ahead` where engines share GPUs: the policy learns while they sample, so it could not give one that
+    is rebuilt the same weights again. Where they are sent weights, rank 0 keeps these in its node's memory.
     """
     rollout = config.rollout
-    plain = rollout.weight_transfer == "auto" and not rollout.steps_ahead
-    return on_gpu(config) and plain and not config.policy.sends_adapters
+    shares = config.ray.placement == "colocate"
+    wanted = rollout.weight_transfer == "auto" and not (rollout.steps_ahead and shares)
+    return on_gpu(config) and wanted and not config.policy.sends_adapters
 
 
 def backend(config: RunConfig, plan: Plan, seat: Seat) -> Backend | None:
@@ -116,8 +120,11 @@ class Broadcasts:
                     audience.lose(member, ActorLost(f"{phase}: {member.seat.name} waits for a broken broadcast"))
 
 
-def send(broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: float, version: int) -> int:
-    """Give an audience the weights that the source has now; returns their bytes, over all of it.
+def send(
+    broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: float, version: int, *, again: bool = False
+) -> int:
+    """Give an audience the weights that the source has now, or had at the last transfer; returns their bytes, over all
+    of it.
 
     Raises:
         ActorError: an engine failed, or has been lost too often; or a policy rank did.
@@ -129,7 +136,7 @@ def send(broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: floa
 
     audience.tell(f"{phase} (begin)", left(), lambda engine: engine.begin_weights.remote())
     sent = index = 0
-    bucket = broadcasts.source.next_weights(first=True)
+    bucket = broadcasts.source.next_weights(first=True, again=again)
     while bucket is not None:
         part = f"{phase} (bucket {index})"
         broadcasts.form(audience, part, left())  # anew if one was lost since the last
@@ -137,6 +144,6 @@ def send(broadcasts: Broadcasts, audience: Audience, phase: str, timeout_s: floa
         broadcasts.send(audience, part, left(), calls)
         alive = {member.seat.name for member in audience.members()}
         sent += sum(audience.wait(part, left(), [call for call in calls if call[0].seat.name in alive]))
-        bucket, index = broadcasts.source.next_weights(first=False), index + 1
+        bucket, index = broadcasts.source.next_weights(first=False, again=again), index + 1
     audience.tell(f"{phase} (finish)", left(), lambda engine: engine.finish_weights.remote(version))
     return sent

@@ -88,9 +88,10 @@ class Policy(RankGroup):
         """The current weights as object references, each a bucket `{Hugging Face name: CPU tensor}`."""
         return self.all("gather weights", [rank.weights.remote() for rank in self.ranks])[0]
 
-    def next_weights(self, *, first: bool) -> Bucket | None:
+    def next_weights(self, *, first: bool, again: bool = False) -> Bucket | None:
         """See `rlattn.rollout.transfer.Source`; what a rank's GPU holds can be read by engines on the same GPU."""
-        found = self.all("gather weights", [rank.next_weights.remote(first=first) for rank in self.ranks])
+        ranks = self.ranks[:1] if again else self.ranks
+        found = self.all("gather weights", [rank.next_weights.remote(first=first, again=again) for rank in ranks])
         if found[0] is None:
             return None
         lent = [own.handles for own in found if own.handles]

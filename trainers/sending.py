@@ -30,25 +30,28 @@ class Sender:
     """
 
     def __init__(
-        self, gathered: Callable[[], Iterator[list[Entry]]], *, gathers: bool, lends: bool, sends: bool
+        self, gathered: Callable[[], Iterator[list[Entry]]], *, gathers: bool, lends: bool, sends: bool, keeps: bool
     ) -> None:
         """`gathered` gives the weights from the first on, whole for a while only if it `gathers` them (ZeRO-3). With
         `lends` other processes on this GPU may read them, with `sends` this one broadcasts; else it gathers, no more.
+        With `keeps` the node's memory has a copy of what was sent last, which can be sent again.
         """
         self._gathered, self._gathers, self._lends, self._sends = gathered, gathers, lends, sends
+        self._keeps = keeps
+        self._kept: dict[str, Tensor] = {}  # pinned
         self._left: Iterator[list[Entry]] = iter(())
         self._before: dict[str, Tensor] = {}
         self._now: dict[str, Tensor] = {}
         self._lent: dict[str, tuple[int, tuple[Any, ...]]] = {}  # address and handle of what stays
         self._group: Any = None
 
-    def next(self, *, first: bool, device: torch.device, check: bool) -> Bucket | None:
+    def next(self, *, first: bool, device: torch.device, check: bool, again: bool = False) -> Bucket | None:
         """Make the next bucket ready to be read, or the `first` one; None after the last.
 
-        With `check` it has the checksums of its weights.
+        With `check` it has the checksums of its weights. `again` are those that were sent last, whatever was learned.
         """
         if first:
-            self._left = self._gathered()
+            self._left = self._sent() if again else self._gathered()
         self._before = self._now
         entries = next(self._left, None)
         if entries is None:
@@ -67,6 +70,8 @@ class Sender:
             name: tensor if name in stays else tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in made.items()
         }
+        if self._keeps and not again:
+            self._keep()
         torch.cuda.synchronize(device)  # who reads does so in a process, and so a stream, of its own
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         return Bucket(
@@ -80,6 +85,17 @@ class Sender:
             ],
             checksums=checksums({name: tensor.cpu() for name, tensor in self._now.items()}) if check else None,
         )
+
+    def _keep(self) -> None:
+        for name, tensor in self._now.items():
+            if name not in self._kept:
+                self._kept[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._kept[name].copy_(tensor, non_blocking=True)
+
+    def _sent(self) -> Iterator[list[Entry]]:
+        """What is kept, weight by weight: it is sent again to an engine that was rebuilt, which is rare."""
+        for name, tensor in self._kept.items():
+            yield [(name, [tensor], tensor.detach)]
 
     def _handle(self, name: str, tensor: Tensor, *, stays: bool) -> tuple[Any, ...]:
         """What opens a weight elsewhere. For one that stays it is made once: torch keeps a record of each it makes."""

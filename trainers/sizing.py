@@ -84,7 +84,7 @@ def _advice(config: RunConfig, kinds: Sequence[str]) -> str:
             ways.append("offload_optimizer in policy.deepspeed")
         ways.append("policy.lora")
     if "engine" in kinds:
-        if "policy rank" in kinds and not config.rollout.sleep:
+        if "policy rank" in kinds and not config.rollout.sleep and not config.rollout.steps_ahead:
             ways.append("rollout.sleep=true")
         ways += ["a larger rollout.tensor_parallel_size", "a smaller rollout.gpu_memory_utilization or kv_cache_gib"]
     return f"what helps: {', '.join(dict.fromkeys(ways))}"

@@ -77,7 +77,8 @@ class PolicyWorker(Rank):
         self.restore(checkpoint)
         gathers = any(hasattr(parameter, "ds_id") for parameter in self.lm.parameters())  # ZeRO-3
         lends = self.config.ray.placement == "colocate"
-        self.sender = Sender(self.gathered, gathers=gathers, lends=lends, sends=self.rank == 0)
+        sends, keeps = self.rank == 0, bool(self.config.rollout.steps_ahead) and self.rank == 0
+        self.sender = Sender(self.gathered, gathers=gathers, lends=lends, sends=sends, keeps=keeps)
         self.options = statistics_options(signals)
         self.layers = captured_layers(signals, self.lm.config)
         self.receivers = receivers_of(signals)
@@ -224,11 +225,12 @@ class PolicyWorker(Rank):
         """The whole policy in Hugging Face names, gathered bucket by bucket; refs on rank 0, none elsewhere."""
         return [ray.put(bucket) for bucket in self.buckets()]
 
-    def next_weights(self, *, first: bool) -> Bucket | None:
+    def next_weights(self, *, first: bool, again: bool = False) -> Bucket | None:
         """Make the next bucket of weights, or the `first` of a transfer, ready to be read from this GPU; None after the
-        last. Every rank must be asked.
+        last. Every rank must be asked; rank 0 alone for those that were sent last, `again`.
         """
-        return self.sender.next(first=first, device=self.device, check=self.config.rollout.check_weights)
+        check = self.config.rollout.check_weights
+        return self.sender.next(first=first, device=self.device, check=check, again=again)
 
     def meet(self, host: str, port: int, world_size: int) -> None:
         """Wait for the engines that weights are broadcast to."""

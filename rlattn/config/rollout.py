@@ -45,7 +45,8 @@ class RolloutConfig(Section):
     """Passed to `vllm.LLM` as they are; keys that rlattn sets are refused."""
     weight_transfer: Literal["auto", "object_store"] = "auto"
     """How engines are given new weights. `auto`: on GPUs straight from the policy's memory, read there by an engine on
-    the same GPU and broadcast by NCCL to the others; by Ray's object store on CPUs and with `steps_ahead`."""
+    the same GPU and broadcast by NCCL to the others; by Ray's object store on CPUs, and where engines share GPUs with
+    the policy and sample a step ahead."""
     check_weights: bool = False
     """Compare checksums of every tensor as an engine's workers receive it with the policy's; costs a pass over the
     weights on both sides."""

@@ -16,8 +16,6 @@ from rlattn.config import RunConfig
 from rlattn.rollout.placement import plan
 from rlattn.rollout.transfer import backend, direct
 
-SHARED = {"policy": {"gpus_per_rank": 0.5}, "ray": {"placement": "colocate"}}
-
 
 def backends(config: RunConfig, **changes: bool) -> list[str | None]:
     layout = plan(config, **changes)
@@ -37,7 +35,9 @@ def test_weights_go_by_the_object_store_where_nothing_else_can_carry_them() -> N
     correction = {"vllm_importance_sampling_correction": True}
     one = {"policy": {"gpus_per_rank": 1}}
     assert backends(run_config(policy={"gpus_per_rank": 0})) == [None]
-    assert backends(run_config(**one, rollout={"steps_ahead": 1}, algorithm=correction)) == [None]
+    ahead = {"rollout": {"steps_ahead": 1}, "algorithm": correction}
+    assert backends(run_config(policy={"gpus_per_rank": 0.5}, ray={"placement": "colocate"}, **ahead)) == [None]
+    assert backends(run_config(**one, **ahead)) == ["nccl"]  # rank 0 keeps what it sent
     assert backends(run_config(**one, rollout={"weight_transfer": "object_store"})) == [None]
     assert backends(run_config(policy={"gpus_per_rank": 1, "lora": {"sync": "adapter"}})) == [None]
     assert backends(run_config(**one), policy=False) == [None]  # evaluation: nobody has other weights
@@ -61,7 +61,9 @@ def ray_on_gpus():
 
 
 @contextmanager
-def running(tmp_path: Path, placement: str, stage: int = 1, lora: dict[str, Any] | None = None) -> Iterator[Any]:
+def running(
+    tmp_path: Path, placement: str, stage: int = 1, lora: dict[str, Any] | None = None, ahead: int = 0
+) -> Iterator[Any]:
     """A policy, a pool with one engine, and `apart`: how far their log-probs of sampled rollouts lie apart."""
     import ray
     from rollout_tiny import save_model
@@ -86,6 +88,7 @@ def running(tmp_path: Path, placement: str, stage: int = 1, lora: dict[str, Any]
         rollout={
             "check_weights": True,
             "sleep": colocated,
+            "steps_ahead": ahead,
             "enforce_eager": True,
             "kv_cache_gib": None,
             "gpu_memory_utilization": 0.2,
@@ -104,10 +107,10 @@ def running(tmp_path: Path, placement: str, stage: int = 1, lora: dict[str, Any]
 
     awake = True
 
-    def sample() -> Any:
+    def sample(step: int | None = None) -> Any:
         nonlocal awake
         awake = True
-        return pool.generate(problems, 4, seed=0, step=next(steps))
+        return pool.generate(problems, 4, seed=0, step=next(steps) if step is None else step)
 
     def apart(rollouts: Any) -> float:
         nonlocal awake
@@ -178,3 +181,21 @@ def test_an_engine_that_dies_in_a_broadcast_is_rebuilt_and_given_it_again(ray_on
         rebuilt = sample()
         assert set(rebuilt.policy_version.tolist()) == {1}
         assert apart(rebuilt) < 0.02
+
+
+@pytest.mark.gpu
+def test_a_step_ahead_a_rebuilt_engine_is_given_what_the_others_have(ray_on_gpus, tmp_path) -> None:
+    """And not what the policy has learned since."""
+    import ray
+
+    with running(tmp_path, "separate", ahead=1) as (policy, pool, sample, _, learn):
+        learn(sample(), 1)
+        pool.take_weights(policy, 1)
+        before = sample(99)
+        learn(before, 2)
+        ray.kill(pool.fleet.members[0].actor)
+        rebuilt = sample(99)
+        assert pool.fleet.lost == 1
+        assert set(rebuilt.policy_version.tolist()) == {1}
+        assert torch.equal(rebuilt.token_ids, before.token_ids)
+        assert (rebuilt.sampled_logps - before.sampled_logps).abs().max() < 0.05
