@@ -129,6 +129,8 @@ def send(
     Raises:
         ActorError: an engine failed, or has been lost too often; or a policy rank did.
     """
+    # The policy may be at work, which has a time-out of its own, so this is not counted.
+    bucket = broadcasts.source.next_weights(first=True, again=again)
     deadline = time.monotonic() + timeout_s
 
     def left() -> float:
@@ -136,7 +138,6 @@ def send(
 
     audience.tell(f"{phase} (begin)", left(), lambda engine: engine.begin_weights.remote())
     sent = index = 0
-    bucket = broadcasts.source.next_weights(first=True, again=again)
     while bucket is not None:
         part = f"{phase} (bucket {index})"
         broadcasts.form(audience, part, left())  # anew if one was lost since the last
