@@ -123,14 +123,12 @@ class Engine:
     """
 
     def __init__(self, engine_args: dict[str, Any], version: int = 0) -> None:
-        """Load the model; `engine_args` are `vllm.LLM`'s (see `rlattn.rollout.engine_args`)."""
+        """Import vLLM, which takes its time; `engine_args` are `vllm.LLM`'s (see `rlattn.rollout.engine_args`)."""
         leave_source_tree()
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # empty it crashes vLLM, set it overrides kv_cache_memory_bytes
-        from vllm import LLM
+        import vllm  # noqa: F401
 
-        started = time.perf_counter()
-        self.llm = LLM(**engine_args)
-        self.load_seconds = time.perf_counter() - started
+        self._args = engine_args
         self._backend = engine_args.get("weight_transfer_config", {}).get("backend")
         self.version: int | None = version
         self.asleep = False
@@ -141,10 +139,14 @@ class Engine:
         self._prompt_tokens = self._cached_tokens = self._most_waiting = 0
         self._preempted: dict[str, int] = {}  # how often, by request
 
-    def info(self) -> EngineInfo:
-        """What a fleet needs to know of a loaded engine."""
+    def load(self) -> EngineInfo:
+        """Load the model, before anything else; returns what a fleet needs to know of this engine."""
+        from vllm import LLM
+
+        started = time.perf_counter()
+        self.llm = LLM(**self._args)
         most = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        return EngineInfo(place(), self.load_seconds, most)
+        return EngineInfo(place(), time.perf_counter() - started, most)
 
     @property
     def lost_a_worker(self) -> bool:

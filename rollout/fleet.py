@@ -148,15 +148,16 @@ class Fleet:
         self.lost = 0
         self._batch = 0
 
-    def start(self) -> None:
-        """Start every engine and wait until all are loaded.
+    def start(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Start every engine's process, have it load once `ready` returns, and wait until all are loaded.
 
         Raises:
             ActorError: one failed, died, or was not loaded in time; none is tried again.
         """
         for member in self.members:
             member.actor = self._make(member.seat)
-        calls = {member.seat.name: member.actor.info.remote() for member in self.members}
+        ready()
+        calls = {member.seat.name: member.actor.load.remote() for member in self.members}
         infos = collect(calls, phase="starting engines", timeout_s=self.config.start_timeout_s)
         for member, info in zip(self.members, infos, strict=True):
             self._loaded(member, info)
@@ -312,7 +313,7 @@ class Fleet:
         now, member.began = time.monotonic(), time.perf_counter()
         if member.actor is None and now >= member.again:
             member.actor = self._make(member.seat)
-            member.call, member.due = member.actor.info.remote(), now + self.config.start_timeout_s
+            member.call, member.due = member.actor.load.remote(), now + self.config.start_timeout_s
         elif member.info and member.load:
             new, member.unsent = member.unsent, []
             member.call = member.actor.advance.remote(self._batch, new, patience_s=patience_s, **sampling)
@@ -358,7 +359,10 @@ class Fleet:
             raise answer
         member.call = None
         if member.info is None:
-            info = outcome(answer, member.seat.name, "starting engines", FETCH_S)
+            try:
+                info = outcome(answer, member.seat.name, "starting engines", FETCH_S)
+            except ActorError as error:  # what stood in the way, such as memory not yet free, may be gone next time
+                raise ActorLost(str(error)) from None
             if self.supply:
                 self.supply(member)
             self._loaded(member, info)

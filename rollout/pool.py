@@ -61,8 +61,11 @@ class RolloutPool:
         group: PlacementGroup | None = None,
         version: int = 0,
         note: Callable[[str], None] = lambda text: None,
+        ready: Callable[[], object] = lambda: None,
     ) -> None:
         """Start the engines in their seats and wait until all are loaded; Ray must be running. `note` tells of losses.
+
+        Their processes start at once, but load nothing before `ready` returns.
 
         Raises:
             ConfigError: `rollout.engine_args` holds a key that rlattn sets.
@@ -89,7 +92,7 @@ class RolloutPool:
 
         self.fleet = Fleet(config.rollout, plan.engines, make, note)
         try:
-            self.fleet.start()
+            self.fleet.start(ready)
         except BaseException:
             self.shutdown()
             raise

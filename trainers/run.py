@@ -262,12 +262,12 @@ def start(
                     critic.load(path or reference_path, source / "critic" if source else None)
 
             loaded = side.submit(load)
-            if layout.shares_gpus:
-                loaded.result()  # first, since vLLM measures what others leave it of its GPU
+            # vLLM measures what others leave it of its GPU, so the policy loads first where they share one.
+            ready = loaded.result if layout.shares_gpus else lambda: None
             version = Checkpoints.step_of(checkpoint) if checkpoint else 0
             served = reference_path if config.policy.sends_adapters else model_path
             rollout = RolloutPool(
-                config, served, tokenizer, plan=layout, group=group, version=version, note=console.note
+                config, served, tokenizer, plan=layout, group=group, version=version, note=console.note, ready=ready
             )
             loaded.result()
             if checkpoint and config.policy.sends_adapters:

@@ -36,7 +36,7 @@ def start(local_ray, tmp_path):
         def call(name, *args, **kwargs):
             return collect({"engine": getattr(actor, name).remote(*args, **kwargs)}, phase=name, timeout_s=240)[0]
 
-        info: EngineInfo = call("info")
+        info: EngineInfo = call("load")
         return call, psutil.Process(info.place.pid)
 
     yield started
