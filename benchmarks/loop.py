@@ -44,8 +44,7 @@ def ends(shape: str, load: Load) -> list[int]:
 
 def make_inputs(shape: str, load: Load, steps: int, folder: Path) -> None:
     """A model with its tokenizer, training prompts, and a reward that tells completions apart."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig
 
     model = make_model(shape)
     model.generation_config = GenerationConfig(eos_token_id=ends(shape, load), pad_token_id=0)
@@ -53,17 +52,32 @@ def make_inputs(shape: str, load: Load, steps: int, folder: Path) -> None:
     del model
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary(shape))}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0").save_pretrained(
-        folder / "model"
-    )
+    save_tokenizer(shape, folder / "model")
     draws = torch.Generator().manual_seed(1)
     size = load.prompts * steps, load.prompt
     rows = torch.randint(vocabulary(shape) // 2, vocabulary(shape), size, generator=draws).tolist()
     lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in row)}) + "\n" for row in rows]
     (folder / "prompts.jsonl").write_text("".join(lines))
     (folder / "reward.py").write_text(REWARD)
+
+
+def save_tokenizer(shape: str, folder: Path) -> None:
+    """One that knows token i as the word `wi`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary(shape))}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0").save_pretrained(folder)
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Print it, and write it where that is asked for."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
 
 
 def run_tree(shape: str, load: Load, steps: int, folder: Path, name: str, credit: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # which -P leaves off
-from loop import GPU_SHARE, TOKENS_PER_MICRO_BATCH, Load, ends, make_inputs, run_tree, train
+from loop import GPU_SHARE, TOKENS_PER_MICRO_BATCH, Load, ends, make_inputs, report, run_tree, train
 from shapes import DEVICE, SHAPES
 
 LOADS = {
@@ -236,10 +236,7 @@ def main() -> None:
         "steps": {"warmup": WARMUP, "measured": MEASURED},
         "shapes": {shape: compare(shape, args.sides) for shape in args.shapes},
     }
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    report(result, args.out)
 
 
 if __name__ == "__main__":

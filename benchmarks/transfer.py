@@ -27,7 +27,8 @@ import ray
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # which -P leaves off
-from shapes import DEVICE, SHAPES, make_model, vocabulary
+from loop import report, save_tokenizer
+from shapes import DEVICE, SHAPES, save_model, vocabulary
 
 RUNS = 5
 PROMPTS, GENERATIONS, PROMPT, COMPLETION = 8, 4, 32, 32
@@ -62,18 +63,6 @@ def config_of(shape: str, folder: Path, args: argparse.Namespace, way: str) -> A
             },
             "ray": {"placement": args.placement if gpu else "separate"},
         }
-    )
-
-
-def make_inputs(shape: str, folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    make_model(shape).save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary(shape))}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", pad_token="w0").save_pretrained(
-        folder / "model"
     )
 
 
@@ -168,9 +157,8 @@ def device_copy(size: int) -> float:
 def compare(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        make_inputs(shape, Path(name))
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
+        save_model(shape, Path(name, "model"))
+        save_tokenizer(shape, Path(name, "model"))
         for way in args.ways:
             command = [sys.executable, "-P", __file__, *sys.argv[1:], "--one", way, shape, name]
             done = subprocess.run(command, timeout=900)
@@ -210,10 +198,7 @@ def main() -> None:
         "setting": {key: getattr(args, key) for key in ("placement", "ranks", "engines", "zero")},
         "shapes": {shape: compare(shape, args) for shape in args.shapes},
     }
-    print(json.dumps(result, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -57,11 +57,14 @@ class Plan:
             selectors[seat.bundle].update(seat.labels)
         return selectors
 
+    def beside_rank(self, engine: Seat) -> bool:
+        """Whether an engine's bundle, and so its GPU where it has one, is a policy rank's too."""
+        return any(rank.bundle == engine.bundle for rank in self.policy)
+
     @property
     def shares_gpus(self) -> bool:
         """Whether an engine sits on a policy rank's GPU."""
-        ranks = {seat.bundle for seat in self.policy if seat.gpus}
-        return any(seat.bundle in ranks for seat in self.engines)
+        return any(seat.gpus and self.beside_rank(seat) for seat in self.engines)
 
     def actors(self, bundle: int) -> list[str]:
         """Who sits there."""

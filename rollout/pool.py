@@ -26,12 +26,11 @@ from rlattn.rollout import transfer
 from rlattn.rollout.checksums import checksums
 from rlattn.rollout.cluster import outcome
 from rlattn.rollout.engine import Completion, Engine, Request
-from rlattn.rollout.engine_args import check_engine_args, engine_args, engine_env
+from rlattn.rollout.engine_args import engine_args, engine_env
 from rlattn.rollout.fleet import Audience, Everyone, Fleet, OnlyOne
 from rlattn.rollout.long_tail import Shortest
 from rlattn.rollout.placement import Plan, Seat
 from rlattn.rollout.scoring import score_signals
-from rlattn.rollout.transfer import backend
 from rlattn.signals import HeadGroups
 from rlattn.types import ExtraSignal, Rollouts, Scores
 
@@ -73,9 +72,9 @@ class RolloutPool:
         """
         self.config, self.tokenizer, self.version = config, tokenizer, version
         env = engine_env(config)
-        backends = {seat.name: backend(config, plan, seat) for seat in plan.engines}
+        backends = {seat.name: transfer.backend(config, plan, seat) for seat in plan.engines}
+        args = {name: engine_args(config, model_path, kind) for name, kind in backends.items()}
         self._broadcast_to = {name for name, kind in backends.items() if kind == "nccl"}
-        check_engine_args(config)
         self._broadcasts: transfer.Broadcasts | None = None
         self._sent = 0, 0.0  # bytes and seconds of the last transfer
         self.layers: list[int] = []  # that engines are asked about
@@ -88,7 +87,7 @@ class RolloutPool:
             actor = ray.remote(Engine).options(
                 num_cpus=seat.cpus, num_gpus=seat.gpus, runtime_env={"env_vars": env}, scheduling_strategy=where
             )
-            return actor.remote(engine_args(config, model_path, backends[seat.name]), version)
+            return actor.remote(args[seat.name], version)
 
         self.fleet = Fleet(config.rollout, plan.engines, make, note)
         try:

@@ -75,7 +75,7 @@ def backend(config: RunConfig, plan: Plan, seat: Seat) -> Backend | None:
     """How the engine in this seat is given weights; None if by the object store."""
     if not direct(config) or not plan.policy:
         return None
-    return "ipc" if seat.bundle in {rank.bundle for rank in plan.policy} else "nccl"
+    return "ipc" if plan.beside_rank(seat) else "nccl"
 
 
 class Broadcasts:
