@@ -87,7 +87,10 @@ def measured_steps(
             (gpus, place, stage) for gpus in (1, 2, 4, 8) for place in ("colocate", "separate") for stage in stages
         ]
         for gpus, placement, stage in cells:
-            if gpus > most or (gpus == 1 and (placement == "separate" or stage != stages[0])):
+            if gpus > most or (gpus == 1 and placement == "separate"):
+                continue
+            ranks = gpus if placement == "colocate" else max(1, gpus // 2)
+            if ranks == 1 and stage != stages[0]:  # nothing to shard
                 continue
             if any((gpus, placement, stage) == (own["gpus"], own["placement"], own["stage"]) for own in found):
                 continue

@@ -168,7 +168,8 @@ class PeakMemory:
         self._thread.join(timeout=10)
 
     def _watch(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        ours = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+        query = ["nvidia-smi", f"--id={ours}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while DEVICE == "cuda" and not self._ended.wait(0.2):
             used = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout
             self.gib = max(self.gib, max(map(float, used.split()), default=0.0) / 1024)

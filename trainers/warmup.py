@@ -28,7 +28,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.utils import logging
+from transformers.utils import is_torch_tf32_available, logging
 
 from rlattn.config import ConfigError, RunConfig, WarmupConfig
 from rlattn.tasks import TeachableTask, load_task
@@ -208,6 +208,7 @@ def _arguments(settings: WarmupConfig, folder: str) -> SFTConfig:
         max_length=CONTEXT,
         adam_beta2=0.99,
         bf16=False,
+        tf32=is_torch_tf32_available() or None,
         dataloader_pin_memory=False,
         gradient_checkpointing=False,
         save_strategy="no",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import max_pool1d, pad
 
 from rlattn.config import CreditConfig
 from rlattn.credit import ResponseSignals
@@ -35,12 +35,10 @@ def _dominated(anchor: Tensor, waad: Tensor, config: CreditConfig) -> tuple[Tens
         jump = change.topk(budget(config.top_q, len(change))).values[-1]  # the least change inside TopQ(Δ, q)
     else:
         jump = torch.quantile(change, config.tau_delta)
-    position = torch.arange(len(waad))
-    largest, source = torch.full_like(change, -torch.inf), position  # over t-k..t-1; nothing precedes the response
-    for distance in range(min(config.window, len(waad) - 1), 0, -1):  # farthest first: a tie goes to the nearest
-        there = pad(change, (distance, -distance), value=-torch.inf)
-        source = torch.where(there >= largest, position - distance, source)
-        largest = torch.maximum(largest, there)
+    # One pooling over t-k..t-1 gives the largest and where it is; it takes the first of equals, so it goes backwards.
+    before = pad(change[:-1], (config.window, 0), value=-torch.inf).flip(0)  # nothing precedes the response
+    largest, place = max_pool1d(before[None], config.window, stride=1, return_indices=True)
+    largest, source = largest[0].flip(0), (len(change) - 2 - place[0]).flip(0)  # [R], [R]
     dominated = anchor & (waad <= torch.quantile(waad, config.tau_waad)) & (largest >= jump)
     intro = torch.zeros_like(anchor)
     intro[source[dominated]] = True
