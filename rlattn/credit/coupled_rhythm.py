@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
@@ -39,7 +41,9 @@ def _dominated(anchor: Tensor, waad: Tensor, config: CreditConfig) -> tuple[Tens
     before = pad(change[:-1], (config.window, 0), value=-torch.inf).flip(0)  # nothing precedes the response
     largest, place = max_pool1d(before[None], config.window, stride=1, return_indices=True)
     largest, source = largest[0].flip(0), (len(change) - 2 - place[0]).flip(0)  # [R], [R]
-    dominated = anchor & (waad <= torch.quantile(waad, config.tau_waad)) & (largest >= jump)
+    # At most the quantile, which lies between two values of WAAD, is at most the lower one.
+    lower = waad.kthvalue(1 + math.floor(config.tau_waad * (len(waad) - 1) + 1e-9)).values
+    dominated = anchor & (waad <= lower) & (largest >= jump)
     intro = torch.zeros_like(anchor)
     intro[source[dominated]] = True
     return dominated, intro
