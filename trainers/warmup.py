@@ -13,9 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
-from datasets import Dataset
 from filelock import FileLock
 from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -81,6 +79,8 @@ def _make(config: RunConfig, folder: Path, progress: Progress) -> None:
         progress.update(bar, description=f"warm start: SFT, {model.num_parameters() / 1e6:.1f}M parameters")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # TRL brings DeepSpeed, which warns where it has to guess
+        # Here, since a model is seldom made and these take seconds.
+        import datasets
         from trl import SFTTrainer
 
         datasets.disable_progress_bars()
@@ -88,7 +88,7 @@ def _make(config: RunConfig, folder: Path, progress: Progress) -> None:
         trainer = SFTTrainer(
             model,
             args=_arguments(settings, scratch),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[_Bar(progress, bar)],
         )

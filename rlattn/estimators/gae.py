@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.signal import lfilter
 from torch import Tensor
 
 from rlattn.losses.inputs import same_shape
@@ -32,6 +31,8 @@ def gae(rollouts: Rollouts, rewards: Tensor, values: Tensor, *, gamma: float, la
     Raises:
         ValueError: shapes differ.
     """
+    from scipy.signal import lfilter  # half a second, which runs without a critic need not wait for
+
     same_shape(token_ids=rollouts.token_ids, rewards=rewards, values=values)
     advantages = np.zeros(len(values))
     starts = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist()

@@ -235,35 +235,54 @@ CALIBRATED = [  # the most that a run keeps: head groups of step 0, used by the 
 ]
 
 
-@pytest.mark.parametrize("settings", [["trainer.steps=4"], CALIBRATED], ids=["default", "calibrated"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, cache, settings):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    finish(command(straight, cache, *settings))
-    if settings is CALIBRATED:
-        lines = read_metrics(straight)[1:]
-        assert ["timing_s/score" in line for line in lines] == [True, False, False, True]
-        assert ["signals/head_turnover" in line for line in lines] == [False, False, False, True]
-    args = command(broken, cache, *settings)
-    for enough in (1, 3):  # lines in metrics.jsonl at which the driver is killed, somewhere in the next step
-        driver = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda n=enough: len(read_metrics(broken)) > n, driver)
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait(timeout=30)
-        args = [*command(broken, cache, *settings), "--resume"]
-    finish(args)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, cache):
+    """A run of four steps that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    finish(command(folder, cache, "trainer.steps=4"))
+    return folder
+
+
+def equal(broken, straight):
     assert without_time(broken) == without_time(straight)
     expected = weights(straight)
     for name, tensor in weights(broken).items():
         assert torch.equal(tensor, expected[name]), name
-    different = finish([*args, "credit.top_q=0.2"], code=2)
+
+
+def killed(args, folder, kills):
+    """Runs, killed one after the other in the step after so many lines of metrics, then one to the end."""
+    for enough in kills:
+        driver = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda n=enough: len(read_metrics(folder)) > n, driver)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait(timeout=30)
+        args = args if "--resume" in args else [*args, "--resume"]
+    finish(args)
+
+
+def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path, cache, straight):
+    broken = tmp_path / "broken"
+    args = command(broken, cache, "trainer.steps=4")
+    killed(args, broken, (1, 3))
+    equal(broken, straight)
+    different = finish([*args, "--resume", "credit.top_q=0.2"], code=2)
     assert "credit.top_q was 0.4, now 0.2" in different.stderr
 
 
-def test_a_lost_policy_rank_starts_everything_again_from_the_newest_checkpoint(tmp_path, cache):
+def test_killed_between_measurements_of_head_groups(tmp_path, cache):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    settings = ["trainer.steps=4", "trainer.save_total_limit=3"]
-    finish(command(straight, cache, *settings))
-    args = command(broken, cache, *settings)
+    finish(command(straight, cache, *CALIBRATED))
+    lines = read_metrics(straight)[1:]
+    assert ["timing_s/score" in line for line in lines] == [True, False, False, True]
+    assert ["signals/head_turnover" in line for line in lines] == [False, False, False, True]
+    killed(command(broken, cache, *CALIBRATED), broken, (2,))
+    equal(broken, straight)
+
+
+def test_a_lost_policy_rank_starts_everything_again_from_the_newest_checkpoint(tmp_path, cache, straight):
+    broken = tmp_path / "broken"
+    args = command(broken, cache, "trainer.steps=4", "trainer.save_total_limit=3")
     driver = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: len(read_metrics(broken)) > 2, driver)
     (victim, *_) = [pid for pid in descendants(driver.pid) if "PolicyWorker" in command_line(pid)]
@@ -273,9 +292,7 @@ def test_a_lost_policy_rank_starts_everything_again_from_the_newest_checkpoint(t
     (line,) = [line for line in output.splitlines() if "starting again from step-" in line]
     assert "policy rank" in line
     assert "died" in line
-    assert without_time(broken) == without_time(straight)
-    expected = weights(straight)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(broken).items())
+    equal(broken, straight)
 
 
 def descendants(pid):
