@@ -57,8 +57,8 @@ def make_rollouts(prompt_lengths, response_lengths, *, vocab=50, seed=0, group_s
 
 
 @contextmanager
-def policy_of(settings, model_path):
-    """A policy on the running Ray, loaded from `model_path`; its actors end with the block."""
+def policy_of(settings, model_path, reference_path=None, checkpoint=None):
+    """A policy on the running Ray, loaded as `Policy.load` does it; its actors end with the block."""
     from ray.util.placement_group import remove_placement_group
 
     from rlattn.rollout.cluster import reserve
@@ -69,7 +69,7 @@ def policy_of(settings, model_path):
     group = reserve(settings, layout)
     try:
         policy = Policy(settings, layout, group)
-        policy.load(model_path, model_path, None)
+        policy.load(model_path, reference_path or model_path, checkpoint)
         yield policy
     finally:
         remove_placement_group(group)

@@ -339,21 +339,27 @@ def test_a_full_disk_at_checkpoint_time(tmp_path, cache):
         (["ray.num_cpus=1"], "`ray.num_cpus` = 1"),
     ],
 )
-def test_bad_input_starts_nothing(tmp_path, cache, extra, message):
-    done = finish(command(tmp_path / "run", cache, *extra), code=2)
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_starts_nothing(tmp_path, cache, capsys, extra, message):
+    said = here(command(tmp_path / "run", cache, *extra), 2, capsys).err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_starts_nothing(tmp_path, cache):
-    done = finish([*command(tmp_path / "run", cache), "--dry-run"])
-    assert "policy rank 1 (1 CPU)" in done.stdout
-    assert "model: " in done.stdout
+def here(args, code, capsys):
+    """What a command says that starts nothing, and so needs no process of its own."""
+    assert main(args[len(RLATTN) :]) == code
+    return capsys.readouterr()
+
+
+def test_dry_run_starts_nothing(tmp_path, cache, capsys):
+    said = here([*command(tmp_path / "run", cache), "--dry-run"], 0, capsys).out
+    assert "policy rank 1 (1 CPU)" in said
+    assert "model: " in said
     assert not (tmp_path / "run").exists()
 
 
-def test_data_errors_name_the_row(tmp_path, cache):
+def test_data_errors_name_the_row(tmp_path, cache, capsys):
     rows = tmp_path / "rows.jsonl"
     files = [f"task.options.train_file={rows}", f"task.options.test_file={rows}"]
     for text, message in (
@@ -361,5 +367,5 @@ def test_data_errors_name_the_row(tmp_path, cache):
         (json.dumps({"nums": [1, 2, 3]}) + "\n", "rows.jsonl:1 has no answer"),
     ):
         rows.write_text(text)
-        assert message in finish(command(tmp_path / "run", cache, *files), code=2).stderr
+        assert message in here(command(tmp_path / "run", cache, *files), 2, capsys).err
     assert not Path(tmp_path / "run").exists()

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import ray
 import torch
 from scipy.linalg import solve_triangular
 from transformers import AutoModelForCausalLM
@@ -11,15 +10,13 @@ from rlattn import credit
 from rlattn.config import CreditConfig, RunConfig
 from rlattn.credit.selection import select
 from rlattn.problem import Problem, Verdict
-from rlattn.rollout.cluster import start_ray
-from rlattn.rollout.placement import plan
 from rlattn.tasks import Task
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.trainers.memory import estimate
 from rlattn.verifiers.pool import VerifierPool
 from tests.make import fetch_weights, make_rollouts, policy_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 PROMPTS, RESPONSES = [5, 3, 8, 6, 4, 7], [23, 7, 18, 12, 1, 9]
 
@@ -49,14 +46,6 @@ def config(ranks=1, stage=0, forward="score", checkpointing=False, storage="floa
             "ray": {"num_cpus": 8},
         }
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    settings = config(ranks=2)
-    start_ray(settings, plan(settings))
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

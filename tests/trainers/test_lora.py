@@ -1,19 +1,15 @@
 """Adapters: what learns, what engines are given, what is saved, whatever shards them."""
 
 import pytest
-import ray
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlattn.config import ConfigError, LoRAConfig
 from rlattn.estimators.grpo import group_relative
-from rlattn.rollout.cluster import reserve, start_ray
-from rlattn.rollout.placement import plan
 from rlattn.trainers.lora import adapted, entries
 from rlattn.trainers.memory import estimate
-from rlattn.trainers.policy import Policy
-from tests.make import fetch_weights, make_rollouts, policy_config, tiny_qwen3
+from tests.make import fetch_weights, make_rollouts, policy_config, policy_of, tiny_qwen3
 
 
 def config(ranks=1, stage=0, **policy):
@@ -78,20 +74,14 @@ def close(actual, expected, tolerance=1e-4):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage", "checkpointing"), [(1, 0, False), (2, 3, True)])
-def test_adapters_learn_and_are_saved(model_path, batch, tmp_path, ranks, stage, checkpointing):
+def test_adapters_learn_and_are_saved(local_ray, model_path, batch, tmp_path, ranks, stage, checkpointing):
     rollouts, advantages = batch
     settings, mask = config(ranks, stage, gradient_checkpointing=checkpointing), rollouts.response_mask
-    layout = plan(settings)
-    start_ray(settings, layout)
-    try:
-        policy = Policy(settings, layout, reserve(settings, layout))
-        policy.load(model_path, model_path, None)
+    with policy_of(settings, model_path) as policy:
         before = policy.score(rollouts)
         policy.update(rollouts, before, advantages, step=0)
         after, weights = policy.score(rollouts), fetch_weights(policy.weights())
         policy.save(tmp_path)
-    finally:
-        ray.shutdown()
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     close(before.logps[mask], plain_logps(base, rollouts))
     close(after.reference_logps, before.logps)  # the starting weights, without a second model
@@ -107,12 +97,7 @@ def test_adapters_learn_and_are_saved(model_path, batch, tmp_path, ranks, stage,
     close(plain_logps(saved, rollouts), after.logps[mask])
     close(plain_logps(PeftModel.from_pretrained(base, tmp_path / "adapter"), rollouts), after.logps[mask])
 
-    start_ray(settings, layout)
-    try:
-        policy = Policy(settings, layout, reserve(settings, layout))
-        policy.load(str(tmp_path / "model"), model_path, tmp_path)
+    with policy_of(settings, str(tmp_path / "model"), model_path, tmp_path) as policy:
         again = policy.score(rollouts)
-    finally:
-        ray.shutdown()
     assert torch.equal(again.logps, after.logps)
     assert torch.equal(again.reference_logps, after.reference_logps)

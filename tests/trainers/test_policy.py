@@ -1,21 +1,16 @@
 """The DeepSpeed policy against plain torch: the same scores, the same step, however it is packed and sharded."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
-import ray
 import torch
 from transformers import AutoModelForCausalLM
 
 from rlattn.config import CreditConfig
 from rlattn.estimators.grpo import group_relative
-from rlattn.rollout.cluster import reserve, start_ray
-from rlattn.rollout.placement import plan
-from rlattn.trainers.policy import Policy
-from tests.make import fetch_weights, make_rollouts, policy_config
+from tests.make import fetch_weights, make_rollouts, policy_config, policy_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 def config(ranks=1, stage=0, **algorithm):
@@ -32,22 +27,10 @@ def batch():
     return rollouts, gamma * advantage[rollouts.sequence_ids]
 
 
-@contextmanager
-def started(settings, model_path):
-    layout = plan(settings)
-    start_ray(settings, layout)
-    try:
-        policy = Policy(settings, layout, reserve(settings, layout))
-        policy.load(model_path, model_path, None)
-        yield policy
-    finally:
-        ray.shutdown()
-
-
 def run(settings, model_path, batch):
     """Scores, update metrics, the weights after one update, and scores again."""
     rollouts, advantages = batch
-    with started(settings, model_path) as policy:
+    with policy_of(settings, model_path) as policy:
         scores = policy.score(rollouts)
         metrics = policy.update(rollouts, scores, advantages, step=0)
         return scores, metrics, fetch_weights(policy.weights()), policy.score(rollouts)
@@ -151,7 +134,7 @@ def test_uniform_credit_in_the_training_forward_is_plain_grpo(model_path, batch)
     advantage, _ = group_relative(rollouts.rewards, rollouts.group_ids, "group")
     old, _, norm, expected = plain_step(model_path, rollouts, advantage[rollouts.sequence_ids])
     settings = config(1, 2).model_copy(update={"credit": CreditConfig(name="uniform")})
-    with started(settings, model_path) as policy:
+    with policy_of(settings, model_path) as policy:
         trained = policy.train(rollouts, advantage, [[-1, 1, 0, 0]] * 3, step=0)
         weights = fetch_weights(policy.weights())
     assert (trained.gamma == 1).all()

@@ -1,7 +1,6 @@
 """The critic against plain torch, and PPO's step made of known parts."""
 
 import pytest
-import ray
 import torch
 from transformers import AutoModelForTokenClassification
 
@@ -9,7 +8,7 @@ from rlattn import credit
 from rlattn.config import CreditConfig, RunConfig
 from rlattn.losses.value import value_loss
 from rlattn.packing import cut
-from rlattn.rollout.cluster import reserve, start_ray
+from rlattn.rollout.cluster import reserve
 from rlattn.rollout.placement import plan
 from rlattn.trainers.critic import Critic, CriticModel, load_critic
 from rlattn.trainers.ppo import token_rewards
@@ -64,7 +63,7 @@ def test_values_are_of_the_state_before_the_token(critic_path, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
-def test_a_critic_step_equals_plain_torch(critic_path, batch, ranks, stage):
+def test_a_critic_step_equals_plain_torch(local_ray, critic_path, batch, ranks, stage):
     rollouts, returns = batch
     plain = eager(critic_path)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
@@ -84,15 +83,11 @@ def test_a_critic_step_equals_plain_torch(critic_path, batch, ranks, stage):
 
     settings = config(ranks, stage)
     layout = plan(settings)
-    start_ray(settings, layout)
-    try:
-        critic = Critic(settings, layout, reserve(settings, layout))
-        critic.load(critic_path, None)
-        values = critic.values(rollouts)
-        metrics = critic.update(rollouts, values, returns, step=0)
-        then = critic.values(rollouts)
-    finally:
-        ray.shutdown()
+    critic = Critic(settings, layout, reserve(settings, layout))
+    critic.load(critic_path, None)
+    values = critic.values(rollouts)
+    metrics = critic.update(rollouts, values, returns, step=0)
+    then = critic.values(rollouts)
     torch.testing.assert_close(values, old, rtol=1e-4, atol=1e-5)
     assert metrics["vf_loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert metrics["critic/grad_norm"] == pytest.approx(float(norm), rel=1e-3)

@@ -5,25 +5,15 @@ from pathlib import Path
 import pytest
 import ray
 
-from rlattn.config import RewardsConfig, RunConfig
+from rlattn.config import RewardsConfig
 from rlattn.reward_functions import RewardError
-from rlattn.rollout.cluster import start_ray
-from rlattn.rollout.placement import plan
 from rlattn.trainers.reward_pool import RewardPool
 from tests.make import make_rollouts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 FILE = Path(__file__).parent / "hostile_rewards.py"
 TEXTS = ["good", "fine, long", "bad", "good"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    settings = RunConfig.model_validate({"policy": {"gpus_per_rank": 0}})
-    start_ray(settings, plan(settings))
-    yield
-    ray.shutdown()
 
 
 def scored(*functions, workers=2):

@@ -1,15 +1,12 @@
 """Signals options from the config through `policy.score`, against whole attention maps of the eager model."""
 
 import pytest
-import ray
 import torch
 from transformers import AutoModelForCausalLM
 
 from rlattn.config import ConfigError, RunConfig
 from rlattn.kernels import StatisticsOptions
 from rlattn.kernels.reference import map_statistics
-from rlattn.rollout.cluster import start_ray
-from rlattn.rollout.placement import plan
 from rlattn.signals import GLOBAL, LOCAL, head_groups, kurtosis
 from rlattn.trainers.memory import estimate
 from tests.make import make_rollouts, policy_of
@@ -45,14 +42,6 @@ def maps(model_path, rollouts):
         return [torch.cat(model(ids[None], output_attentions=True).attentions).double() for ids in pieces]
 
 
-@pytest.fixture(scope="module")
-def cluster(model_path):
-    settings = config(model_path, {}, ranks=2)
-    start_ray(settings, plan(settings))
-    yield
-    ray.shutdown()
-
-
 def score(settings, rollouts):
     with policy_of(settings, settings.model.path) as policy:
         return policy.score(rollouts)
@@ -86,7 +75,7 @@ def expected_signals(maps, layers, options, heads):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
     ("signals", "layers", "ranks"),
     [

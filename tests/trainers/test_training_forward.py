@@ -1,21 +1,18 @@
 """Capture while training, and head groups that are reused: the same gamma and the same step, for one forward less."""
 
 import pytest
-import ray
 import torch
 
 from rlattn import credit
 from rlattn.config import RunConfig
 from rlattn.estimators.grpo import group_relative
 from rlattn.problem import Problem, Verdict
-from rlattn.rollout.cluster import start_ray
-from rlattn.rollout.placement import plan
 from rlattn.tasks import Task
 from rlattn.trainers.grpo import GRPOTrainer
 from rlattn.verifiers.pool import VerifierPool
 from tests.make import fetch_weights, make_rollouts, policy_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 SEED, STEP = 5, 3
 
@@ -54,14 +51,6 @@ def config(
             "ray": {"num_cpus": 8},
         }
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    settings = config("batch")
-    start_ray(settings, plan(settings))
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

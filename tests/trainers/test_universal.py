@@ -4,32 +4,22 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-import ray
 import torch
 
 from rlattn.config import ConfigError
-from rlattn.rollout.cluster import reserve, start_ray
-from rlattn.rollout.placement import plan
 from rlattn.trainers.checkpoint import Checkpoints
-from rlattn.trainers.policy import Policy
 from rlattn.trainers.universal import check_sharding, loadable, sharding
-from tests.make import fetch_weights, make_rollouts
+from tests.make import fetch_weights, make_rollouts, policy_of
 from tests.trainers.test_policy import config
 
 
 @contextmanager
 def started(settings, model_path, checkpoint=None, keep=None):
-    layout = plan(settings)
-    start_ray(settings, layout)
-    try:
-        policy = Policy(settings, layout, reserve(settings, layout))
-        with loadable(checkpoint, settings.policy) as source:
-            policy.load(str(checkpoint / "model") if checkpoint else model_path, model_path, source)
-            if keep:
-                shutil.copytree(source, keep)
-        yield policy
-    finally:
-        ray.shutdown()
+    with loadable(checkpoint, settings.policy) as source:
+        if keep:
+            shutil.copytree(source, keep)
+        with policy_of(settings, str(checkpoint / "model") if checkpoint else model_path, model_path, source) as policy:
+            yield policy
 
 
 def step(policy, number):
@@ -45,6 +35,7 @@ def moment(file):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("stage", "later"), [(1, 2), (3, 3)])
 def test_two_ranks_go_on_as_one(tmp_path, model_path, stage, later):
     two, one = config(2, stage), config(1, later)
