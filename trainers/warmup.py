@@ -10,11 +10,13 @@ import json
 import os
 import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import WordLevelTrainer
@@ -40,6 +42,8 @@ VERSION = 1
 # A word keeps the space before it, so joined tokens give the text back; 15, =15, ~15 and tags are single tokens.
 WORDS = r" ?</?[a-z]+>| ?[=~]?[0-9]+| ?[A-Za-z]+|\s| ?[^\s]"
 CONTEXT = 2048
+WAIT_S = 3600.0
+"""Longest wait for another process that makes the same model."""
 PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 16, 20, 27, 35, 50, 70, 100, 150, 200)
 
 
@@ -51,16 +55,39 @@ def warmup(config: RunConfig, progress: Progress) -> Path:
 
     Raises:
         ConfigError: the task has no worked solutions to learn from, or a bad option.
+        TimeoutError: another process that makes the same model did not end within `WAIT_S`.
     """
     settings = config.model.warmup
     folder = settings.cache_dir / cache_key(config)
     if folder.is_dir():
         return folder
     settings.cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.cache_dir / f".{folder.name}.lock"):  # of runs that start together one makes it
+    with _alone(settings.cache_dir / f".{folder.name}.lock", progress):
         if not folder.is_dir():
             _make(config, folder, progress)
     return folder
+
+
+@contextmanager
+def _alone(path: Path, progress: Progress) -> Iterator[None]:
+    """Of runs that start together one makes the model, and the others wait and say so."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        bar = progress.add_task("warm start: waiting for another process that makes the same model", total=None)
+        try:
+            lock.acquire(timeout=WAIT_S)
+        except Timeout:
+            raise TimeoutError(
+                f"another process has been making the starting model for {WAIT_S / 60:.0f} minutes, and holds {path}; "
+                "end it, or set model.warmup.cache_dir to another folder"
+            ) from None
+        progress.remove_task(bar)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make(config: RunConfig, folder: Path, progress: Progress) -> None:

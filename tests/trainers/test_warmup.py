@@ -1,12 +1,16 @@
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlattn.config import RunConfig
 from rlattn.tasks import load_task
+from rlattn.trainers import warmup as module
 from rlattn.trainers.warmup import build_tokenizer, cache_key, warmup, worked_solutions
 
 OPTIONS = {"number_high": 20, "target_low": 5, "target_high": 40, "train_size": 200, "test_size": 50}
@@ -53,6 +57,27 @@ def test_warmup_makes_a_model_once(tmp_path):
     assert model.dtype == torch.float32
     ids = tokenizer("Use 3 4 to make 7.\n<think>", return_tensors="pt").input_ids
     assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(again)(ids).logits)
+
+
+def test_who_waits_for_another_process_says_so_and_not_for_ever(tmp_path, monkeypatch):
+    config = run_config(tmp_path)
+    lock = FileLock(tmp_path / f".{cache_key(config)}.lock")
+    with Progress(disable=True) as progress, ThreadPoolExecutor() as pool:
+        with lock:
+            waiting = pool.submit(warmup, config, progress)
+            deadline = time.monotonic() + 60
+            while not progress.tasks and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert [task.description for task in progress.tasks] == [
+                "warm start: waiting for another process that makes the same model"
+            ]
+        assert (waiting.result(timeout=60) / "model.safetensors").is_file()
+        assert not any("waiting" in task.description for task in progress.tasks)
+        monkeypatch.setattr(module, "WAIT_S", 0.1)
+        elsewhere = run_config(tmp_path, seed=1)
+        other = FileLock(tmp_path / f".{cache_key(elsewhere)}.lock")
+        with other, pytest.raises(TimeoutError, match=r"holds .*lock; end it, or set model.warmup.cache_dir"):
+            pool.submit(warmup, elsewhere, progress).result(timeout=60)
 
 
 def test_cache_key_names_all_that_shapes_the_model(tmp_path):
