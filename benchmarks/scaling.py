@@ -160,7 +160,7 @@ def numerics(shape: str, gpus: int, stages: list[int]) -> dict[str, Any]:
         rollouts, advantage = batch("tiny" if shape == "tiny" else "1k", vocabulary(shape))
         advantages = advantage[rollouts.sequence_ids]
         for ranks, stage in [(1, stages[0]), *((gpus, stage) for stage in stages)]:
-            tree = tree_of(shape, load, ranks, folder, "numerics", "colocate", stage)  # engines have seats, and stay out
+            tree = tree_of(shape, load, ranks, folder, "numerics", "colocate", stage)  # engines have seats, stay out
             tree["policy"] |= {"learning_rate": 1e-4}
             tree["algorithm"] = {}  # nobody sampled the batch
             config = RunConfig.model_validate(tree)
