@@ -73,11 +73,15 @@ def save_tokenizer(shape: str, folder: Path) -> None:
 
 def report(result: dict[str, Any], out: Path | None) -> None:
     """Print it, and write it where that is asked for."""
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
+    save(result, out)
+
+
+def save(result: dict[str, Any], out: Path | None) -> None:
+    """Write it where that is asked for; after each part, so that a run that is cut short leaves what it has."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n")
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def run_tree(shape: str, load: Load, steps: int, folder: Path, name: str, credit: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import psutil
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # which -P leaves off
-from loop import PHASES, Load, make_inputs, run_tree, steps_of, train
+from loop import PHASES, Load, make_inputs, run_tree, save, steps_of, train
 from policy_vs_trl import batch
 from shapes import DEVICE, SHAPES, vocabulary
 
@@ -243,11 +244,7 @@ def main() -> None:
             parser.error(f"{args.out} is of {before['device']}, {before['versions']}; give another file")
         result = before
 
-    def keep() -> None:
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-
+    keep = partial(save, result, args.out)
     first = args.shapes[0]
     if "numerics" in args.parts and first not in result.setdefault("numerics", {}):
         result["numerics"][first] = numerics(first, args.gpus, args.stages)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # which -P leaves off
-from loop import GPU_SHARE, TOKENS_PER_MICRO_BATCH, Load, ends, make_inputs, report, run_tree, train
+from loop import GPU_SHARE, TOKENS_PER_MICRO_BATCH, Load, ends, make_inputs, report, run_tree, save, train
 from shapes import DEVICE, SHAPES
 
 LOADS = {
@@ -241,9 +241,8 @@ def main() -> None:
     }
 
     def keep(shape: str, found: dict[str, Any]) -> None:
-        result["shapes"][shape] = found  # a run that is cut short leaves what it has
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        result["shapes"][shape] = found
+        save(result, args.out)
 
     for shape in args.shapes:
         keep(shape, compare(shape, args.sides, partial(keep, shape)))

@@ -49,8 +49,11 @@ OTHERS = (
 def main() -> None:
     study = load_study("countdown")
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {arm: {} for arm in study.arms}
+    accuracy: dict[str, dict[int, dict[int, float]]] = {arm: {} for arm in study.arms}
     for run in grid(study):
-        runs[run.arm][run.seed] = [line for line in read_metrics(run.folder) if line["step"] > 0]
+        lines = read_metrics(run.folder)
+        runs[run.arm][run.seed] = [line for line in lines if line["step"] > 0]
+        accuracy[run.arm][run.seed] = {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line}
 
     def average(arm: str, seed: int, name: str, steps: range) -> float | None:
         values = [line[name] for line in runs[arm][seed] if line["step"] in steps and line.get(name) is not None]
@@ -67,10 +70,7 @@ def main() -> None:
         }
         for name in names
     }
-    rewards = {
-        arm: {seed: value for seed in study.seeds if (value := average(arm, seed, "reward", spans["end"])) is not None}
-        for arm in study.arms
-    }
+    rewards = {arm: dict(zip(study.seeds, table["reward"]["end"][arm], strict=True)) for arm in study.arms}
     differences = {}
     for arm, own in rewards.items():
         found = None if arm == study.baseline else compare(rewards[study.baseline], own, study.resamples)
@@ -79,10 +79,6 @@ def main() -> None:
             differences[arm] = asdict(found)
             shown += f"  {100 * found.paired.difference.value:+5.1f} ± {100 * found.t_half:.1f}"
         print(shown)
-    accuracy: dict[str, dict[int, dict[int, float]]] = {arm: {} for arm in study.arms}
-    for run in grid(study):
-        lines = [line for line in read_metrics(run.folder) if "eval/accuracy" in line]
-        accuracy[run.arm][run.seed] = {line["step"]: line["eval/accuracy"] for line in lines}
     summed = json.loads((study.output_dir / "table.json").read_text())
     figures = {
         "commands": ["rlattn study countdown launch.at_once=9", "python -P benchmarks/study_countdown.py"],

@@ -57,22 +57,30 @@ def make_rollouts(prompt_lengths, response_lengths, *, vocab=50, seed=0, group_s
 
 
 @contextmanager
-def policy_of(settings, model_path, reference_path=None, checkpoint=None):
-    """A policy on the running Ray, loaded as `Policy.load` does it; its actors end with the block."""
+def seats(settings):
+    """Plan and placement group of `settings` on the running Ray; what sits there ends with the block."""
     from ray.util.placement_group import remove_placement_group
 
     from rlattn.rollout.cluster import reserve
     from rlattn.rollout.placement import plan
-    from rlattn.trainers.policy import Policy
 
     layout = plan(settings)
     group = reserve(settings, layout)
     try:
+        yield layout, group
+    finally:
+        remove_placement_group(group)
+
+
+@contextmanager
+def policy_of(settings, model_path, reference_path=None, checkpoint=None):
+    """A policy on the running Ray, loaded as `Policy.load` does it; its actors end with the block."""
+    from rlattn.trainers.policy import Policy
+
+    with seats(settings) as (layout, group):
         policy = Policy(settings, layout, group)
         policy.load(model_path, reference_path or model_path, checkpoint)
         yield policy
-    finally:
-        remove_placement_group(group)
 
 
 def policy_config(ranks: int = 1, stage: int = 0, **sections: dict[str, Any]) -> RunConfig:

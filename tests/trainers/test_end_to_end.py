@@ -42,6 +42,12 @@ def finish(args, code=0):
     return done
 
 
+def here(args, code, capsys):
+    """What a command says that starts nothing, and so needs no process of its own."""
+    assert main(args[len(RLATTN) :]) == code
+    return capsys.readouterr()
+
+
 def without_time(folder):
     """Every metric that must repeat: all but what a clock measured."""
     timed = ("timing_s/", "perf/")
@@ -250,14 +256,15 @@ def equal(broken, straight):
         assert torch.equal(tensor, expected[name]), name
 
 
-def killed(args, folder, kills):
+def killed(start, folder, kills):
     """Runs, killed one after the other in the step after so many lines of metrics, then one to the end."""
+    args = start
     for enough in kills:
         driver = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda n=enough: len(read_metrics(folder)) > n, driver)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait(timeout=30)
-        args = args if "--resume" in args else [*args, "--resume"]
+        args = [*start, "--resume"]
     finish(args)
 
 
@@ -344,12 +351,6 @@ def test_bad_input_starts_nothing(tmp_path, cache, capsys, extra, message):
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-def here(args, code, capsys):
-    """What a command says that starts nothing, and so needs no process of its own."""
-    assert main(args[len(RLATTN) :]) == code
-    return capsys.readouterr()
 
 
 def test_dry_run_starts_nothing(tmp_path, cache, capsys):

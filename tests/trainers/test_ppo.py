@@ -8,12 +8,10 @@ from rlattn import credit
 from rlattn.config import CreditConfig, RunConfig
 from rlattn.losses.value import value_loss
 from rlattn.packing import cut
-from rlattn.rollout.cluster import reserve
-from rlattn.rollout.placement import plan
 from rlattn.trainers.critic import Critic, CriticModel, load_critic
 from rlattn.trainers.ppo import token_rewards
 from rlattn.types import Scores, Signals
-from tests.make import make_rollouts, policy_config
+from tests.make import make_rollouts, policy_config, seats
 
 
 def config(ranks=1, stage=0, **ppo):
@@ -82,12 +80,12 @@ def test_a_critic_step_equals_plain_torch(local_ray, critic_path, batch, ranks, 
             after[where] = values
 
     settings = config(ranks, stage)
-    layout = plan(settings)
-    critic = Critic(settings, layout, reserve(settings, layout))
-    critic.load(critic_path, None)
-    values = critic.values(rollouts)
-    metrics = critic.update(rollouts, values, returns, step=0)
-    then = critic.values(rollouts)
+    with seats(settings) as (layout, group):
+        critic = Critic(settings, layout, group)
+        critic.load(critic_path, None)
+        values = critic.values(rollouts)
+        metrics = critic.update(rollouts, values, returns, step=0)
+        then = critic.values(rollouts)
     torch.testing.assert_close(values, old, rtol=1e-4, atol=1e-5)
     assert metrics["vf_loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert metrics["critic/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
