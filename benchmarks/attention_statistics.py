@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
@@ -27,7 +28,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import triton
-from scipy.stats import bootstrap
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
@@ -37,6 +37,9 @@ from rlattn.kernels import Capture, StatisticsOptions, attention_statistics, cap
 from rlattn.kernels.attention import _GQA
 from rlattn.kernels.reference import dense_statistics, map_statistics
 from rlattn.kernels.statistics import AttentionStatistics
+
+sys.path.append(str(Path(__file__).parent))  # which -P leaves off
+from loop import interval
 
 RESULTS = Path(__file__).parent / "results" / "attention_statistics.json"
 HEADS, KV_HEADS, DIM = 32, 8, 128  # a layer of Qwen3-4B
@@ -316,12 +319,6 @@ def once(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
-
-
-def interval(values: list[float]) -> list[float]:
-    """95% bootstrap interval of the median."""
-    found = bootstrap((values,), median_of, n_resamples=2000, vectorized=False, rng=0).confidence_interval
-    return [float(found.low), float(found.high)]
 
 
 def plot(result: dict[str, Any]) -> None:

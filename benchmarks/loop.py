@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -82,6 +83,14 @@ def save(result: dict[str, Any], out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def interval(values: list[float]) -> list[float]:
+    """95% bootstrap interval of the median."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap((values,), statistics.median, n_resamples=2000, vectorized=False, rng=0).confidence_interval
+    return [float(found.low), float(found.high)]
 
 
 def run_tree(shape: str, load: Load, steps: int, folder: Path, name: str, credit: str) -> dict[str, Any]:

@@ -102,9 +102,6 @@ def run(
     else:
         with console.phase("preparing the starting model"):
             start_model = str(warmup(config, console.progress).absolute())
-    if "OMP_NUM_THREADS" not in os.environ:
-        # What is left to do here is small, and each of it waits for all threads: 32 took 2 s of an 8 s step.
-        torch.set_num_threads(min(DRIVER_THREADS, torch.get_num_threads()))
     tokenizer = load_tokenizer(start_model)
     asked = [problem for benchmark in benchmarks for problem in benchmark.test]
     encode_prompts([*task.train, *task.test, *asked], tokenizer, config.rollout.max_prompt_length)
@@ -245,6 +242,9 @@ def start(
     console: Console,
 ) -> Iterator[Trainer]:
     """Ray, engines and policy, loaded side by side; all of it gone when the block ends."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # What is left to do here is small, and each of it waits for all threads: 32 took 2 s of an 8 s step.
+        torch.set_num_threads(min(DRIVER_THREADS, torch.get_num_threads()))
     layout = plan(config)
     model_path = str(checkpoint / "model") if checkpoint else reference_path
     with console.phase("starting Ray"):
