@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d, pad
 
 from rlattn.config import CreditConfig
 from rlattn.credit import ResponseSignals
-from rlattn.credit.selection import amplify, budget, select, waad_change
+from rlattn.credit.selection import amplify, least_of_top, select, waad_change
 
 
 def coupled_rhythm(response: ResponseSignals, config: CreditConfig) -> Tensor:
@@ -26,24 +26,24 @@ def coupled_rhythm(response: ResponseSignals, config: CreditConfig) -> Tensor:
     bonus = config.amplification - 1
     anchor = select(response.fai, config.top_q, config.which)  # T
     dominated, intro = _dominated(anchor, response.waad, config)  # D, I(D)
-    gamma = amplify(anchor & ~dominated, config.amplification)
-    return gamma + (1 - config.alpha) * bonus * dominated + config.alpha * bonus * intro
+    gamma = amplify(anchor, config.amplification).numpy()
+    gamma[dominated] = 1 + (1 - config.alpha) * bonus
+    gamma[intro] += config.alpha * bonus  # once, however often it is named
+    return torch.from_numpy(gamma)
 
 
-def _dominated(anchor: Tensor, waad: Tensor, config: CreditConfig) -> tuple[Tensor, Tensor]:
-    """Which anchors are locally dominated, and which tokens introduce them: two masks [R] bool."""
-    change = waad_change(waad)  # [R]
+def _dominated(anchor: Tensor, waad: Tensor, config: CreditConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The locally dominated anchors, and the token that introduces each: indices in the response."""
+    change, distance = waad_change(waad).numpy(), waad.numpy()
     if config.tau_delta is None:
-        jump = change.topk(budget(config.top_q, len(change))).values[-1]  # the least change inside TopQ(Δ, q)
+        jump = least_of_top(change, config.top_q)
     else:
-        jump = torch.quantile(change, config.tau_delta)
-    # One pooling over t-k..t-1 gives the largest and where it is; it takes the first of equals, so it goes backwards.
-    before = pad(change[:-1], (config.window, 0), value=-torch.inf).flip(0)  # nothing precedes the response
-    largest, place = max_pool1d(before[None], config.window, stride=1, return_indices=True)
-    largest, source = largest[0].flip(0), (len(change) - 2 - place[0]).flip(0)  # [R], [R]
+        jump = torch.quantile(torch.from_numpy(change), config.tau_delta).item()
     # At most the quantile, which lies between two values of WAAD, is at most the lower one.
-    lower = waad.kthvalue(1 + math.floor(config.tau_waad * (len(waad) - 1) + 1e-9)).values
-    dominated = anchor & (waad <= lower) & (largest >= jump)
-    intro = torch.zeros_like(anchor)
-    intro[source[dominated]] = True
-    return dominated, intro
+    rank = math.floor(config.tau_waad * (len(waad) - 1) + 1e-9)
+    candidates = np.flatnonzero(anchor.numpy() & (distance <= np.partition(distance, rank)[rank]))
+    before = candidates[:, None] - np.arange(1, config.window + 1)  # [|candidates|, k], the nearest first
+    changes = np.where(before >= 0, change[before.clip(0)], -np.inf)
+    largest = np.arange(len(candidates)), changes.argmax(1)  # the first of equals
+    led = changes[largest] >= jump
+    return candidates[led], before[largest][led]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,25 @@ def budget(share: float, length: int) -> int:
     return min(length, max(1, math.ceil(share * length - 1e-9)))
 
 
+def least_of_top(values: np.ndarray, share: float) -> float:
+    """The smallest of TopQ(values, share), of at least one value."""
+    size = budget(share, len(values))
+    return float(np.partition(values, -size)[-size])
+
+
 def select(values: Tensor, share: float, which: str = "top") -> Tensor:
-    """TopQ(values, share) as a mask [R] bool: the largest values ("bottom": the smallest), ties to the lower index."""
-    order = torch.sort(values, descending=which == "top", stable=True).indices
-    chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    chosen[order[: budget(share, len(values))]] = True
-    return chosen
+    """TopQ(values, share) as a mask [R] bool: the largest values ("bottom": the smallest), ties to the lower index.
+
+    `values` [R] are on the CPU, where a response is too short for torch: most of its time would be overhead.
+    """
+    own = values.numpy() if which == "top" else -values.numpy()
+    if not len(own):
+        return torch.zeros(0, dtype=torch.bool)
+    least = least_of_top(own, share)
+    chosen = own > least
+    ties = np.flatnonzero(own == least)
+    chosen[ties[: budget(share, len(own)) - np.count_nonzero(chosen)]] = True
+    return torch.from_numpy(chosen)
 
 
 def amplify(chosen: Tensor, amplification: float) -> Tensor:
@@ -29,4 +43,7 @@ def amplify(chosen: Tensor, amplification: float) -> Tensor:
 
 def waad_change(waad: Tensor) -> Tensor:
     """Δ_t = |WAAD_t - WAAD_{t+1}| [R]; the last token, which has no successor, gets 0 [Li 2026, eq. 14]."""
-    return torch.cat([waad.diff().abs(), waad.new_zeros(1)])
+    distance = waad.numpy()
+    change = np.zeros_like(distance)
+    np.abs(distance[:-1] - distance[1:], out=change[:-1])
+    return torch.from_numpy(change)
