@@ -46,6 +46,7 @@ LOADS = {  # of one GPU
     ("tiny", "1k"): Load(prompts=4, generations=4, prompt=16, longest=48, mean=32),
     ("tiny", "8k"): Load(prompts=2, generations=4, prompt=16, longest=96, mean=64),
 }
+PLACEMENTS = ("colocate", "separate")
 WARMUP, MEASURED = 2, 4
 LIMIT_S = 900  # of one run
 KILLS = ((2, "ray::Engine"), (4, "ray::PolicyWorker"))  # once so many steps are logged
@@ -78,16 +79,20 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measured_steps(
-    shape: str, length: str, most: int, stages: list[int], found: list[dict[str, Any]], keep: Callable[[], None]
+    shape: str,
+    length: str,
+    most: int,
+    placements: list[str],
+    stages: list[int],
+    found: list[dict[str, Any]],
+    keep: Callable[[], None],
 ) -> None:
     """Every number of GPUs, placement and ZeRO stage that is not among those `found`; adds to them."""
     load = LOADS[shape, length]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(shape, load, most * (WARMUP + MEASURED), folder)
-        cells = [
-            (gpus, place, stage) for gpus in (1, 2, 4, 8) for place in ("colocate", "separate") for stage in stages
-        ]
+        cells = [(gpus, place, stage) for gpus in (1, 2, 4, 8) for place in placements for stage in stages]
         for gpus, placement, stage in cells:
             if gpus > most or (gpus == 1 and placement == "separate"):
                 continue
@@ -105,14 +110,14 @@ def measured_steps(
             print(shape, length, json.dumps(cell), flush=True)
 
 
-def faults(shape: str, gpus: int, found: dict[str, Any], keep: Callable[[], None]) -> None:
+def faults(shape: str, gpus: int, placements: list[str], found: dict[str, Any], keep: Callable[[], None]) -> None:
     """By placement, a run that loses an engine and then a rank, and how long each step took; adds to those `found`."""
     load = LOADS[shape, "1k"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(shape, load, gpus * (WARMUP + MEASURED), folder)
-        for placement in ("colocate", "separate") if gpus > 1 else ("colocate",):
-            if placement in found:
+        for placement in placements:
+            if placement in found or (gpus == 1 and placement == "separate"):
                 continue
             tree = tree_of(shape, load, gpus, folder, f"faults-{placement}", placement, 1)
             tree["trainer"]["save_steps"] = 1
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("steps", "faults", "numerics"), default=["steps", "faults", "numerics"]
     )
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--out", type=Path)
@@ -252,9 +258,10 @@ def main() -> None:
         for shape in args.shapes:
             for length in args.lengths:
                 found = steps.setdefault(f"{shape} {length}", [])
-                measured_steps(shape, length, args.gpus, args.stages, found, keep)
+                measured_steps(shape, length, args.gpus, args.placements, args.stages, found, keep)
     if "faults" in args.parts:
-        faults(first, args.gpus, result.setdefault("faults", {}).setdefault(first, {}), keep)
+        found = result.setdefault("faults", {}).setdefault(first, {})
+        faults(first, args.gpus, args.placements, found, keep)
     print(json.dumps(result, indent=1))
     if args.out and result.get("steps"):
         draw(result, args.out.with_suffix(".svg"))
