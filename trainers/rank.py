@@ -121,7 +121,7 @@ class Rank:
         import deepspeed
 
         policy, algorithm = self.config.policy, self.config.algorithm
-        model = model.to(self.device)
+        model = gathered_by_layer(model.to(self.device), policy)
         optimizer = torch.optim.AdamW(
             parameter_groups(model),
             lr=learning_rate,
@@ -167,7 +167,8 @@ class Rank:
         block = deepspeed_config(self.config.policy, self.config.model.dtype)
         if block.get("zero_optimization", {}).get("stage") != 3:
             return model.eval().to(self.device)
-        engine = deepspeed.initialize(model=model.eval().to(self.device), config=block)[0]
+        model = gathered_by_layer(model.eval().to(self.device), self.config.policy)
+        engine = deepspeed.initialize(model=model, config=block)[0]
         engine.eval()
         return engine
 
@@ -207,6 +208,22 @@ class Rank:
         if last and self.engine.zero_optimization():
             learned["grad_norm"] = float(self.engine.get_global_grad_norm())
         return learned
+
+
+def gathered_by_layer(model: nn.Module, policy: PolicyConfig) -> nn.Module:
+    """`model`, marked so that ZeRO-3 gathers whole decoder layers, where the user's block names no `leaf_module`.
+
+    DeepSpeed gathers each linear map on its own otherwise, which can cost more than the arithmetic.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    zero = policy.deepspeed.get("zero_optimization", {})
+    if zero.get("stage") == 3 and "leaf_module" not in zero:
+        parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+        layers = sorted({name for part in parts for name in part._no_split_modules or ()})
+        if layers:
+            set_z3_leaf_modules(model, layers, raise_if_not_found=False)
+    return model
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rlattn.config import CreditConfig
 from rlattn.estimators.grpo import group_relative
-from tests.make import fetch_weights, make_rollouts, policy_config, policy_of
+from tests.make import fetch_weights, make_rollouts, policy_config, policy_of, tiny_qwen3
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -173,3 +173,18 @@ def test_signals_do_not_depend_on_sharding(model_path, batch):
     for name in ("waad", "fai", "span", "entropy", "sink_mass", "groups"):
         torch.testing.assert_close(getattr(one.signals, name), getattr(two.signals, name), rtol=1e-5, atol=1e-5)
     assert one.signals.layers == two.signals.layers == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("zero", "whole"), [({"stage": 3}, True), ({"stage": 2}, False), ({"stage": 3, "leaf_module": {}}, False)]
+)
+def test_zero_3_gathers_whole_layers_unless_the_user_says_which(zero, whole):
+    from deepspeed.utils import z3_leaf_module
+
+    from rlattn.trainers.rank import gathered_by_layer
+
+    policy = policy_config(2, policy={"deepspeed": {"zero_optimization": zero}}).policy
+    model = gathered_by_layer(tiny_qwen3(), policy)
+    assert {name for name, part in model.named_modules() if z3_leaf_module(part)} == (
+        {"model.layers.0", "model.layers.1"} if whole else set()
+    )
