@@ -5,9 +5,10 @@
 
 Every step is made twice, once with each credit, and the order changes from step to step. The two do the same work: they
 draw from the same seeds, the learning rate is too small to change a weight, and next to no completion ends before its
-limit. Both measure the same signals, as every run does; `attention_statistics.py` has what that costs. Given are the
-medians over steps of coupled over uniform, of the whole step and of all but sampling, which credit cannot touch, with
-95% bootstrap intervals. The same run checks that the batches are of one size and that only coupled amplifies.
+limit. Both measure the same signals, as every run does; `attention_statistics.py` has what that costs. Given is how
+much longer coupled takes, of the whole step and of all but sampling, which credit cannot touch: the median over steps
+in seconds and as a share of uniform's step, this with a 95% bootstrap interval. The same run checks that the batches
+are of one size and that only coupled amplifies.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def turns(shape: str, steps: int) -> list[dict[str, dict[str, float]]]:
 
 
 def compare(found: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Medians of every phase by credit, and coupled over uniform, of the whole step and of all but sampling."""
+    """Medians of every phase by credit, and what coupled adds, to the whole step and to all but sampling."""
     for turn in found:
         lengths = [own["completions/mean_length"] for own in turn.values()]
         assert max(lengths) <= (1 + SAME) * min(lengths), lengths
