@@ -163,6 +163,16 @@ def trains_in_one_forward(signals: SignalsConfig, groups: HeadGroups | None) -> 
     return signals.forward == "train" and known
 
 
+def decodable_groups(signals: SignalsConfig, step: int, previous: HeadGroups | None) -> HeadGroups | None:
+    """The head groups by which sampling measures attention in this step; None where it does not.
+
+    `previous` as in `reusable_groups`.
+    """
+    if signals.forward != "decode":
+        return None
+    return previous if signals.heads.select == "all" else reusable_groups(signals.heads, step, previous)
+
+
 def kurtosis(values: Tensor) -> Tensor:
     """Fourth central moment over the squared second of [..., n], fp64; 0 where nothing varies or n is 0."""
     values = values.double()

@@ -23,6 +23,22 @@ EXTRA_SIGNALS: tuple[ExtraSignal, ...] = get_args(ExtraSignal)
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """One completion's attention signals, measured while it was sampled (`signals.forward: decode`).
+
+    Attributes:
+        columns: `waad`, `fai` and extra signals -> [n] fp32, of its first n tokens. Where n is its length less one,
+            its last token was sampled and never read.
+        sink_mass: [L, H] fp64, summed over these tokens' rows.
+        groups: [L, H] int8, the head groups that the columns are reduced by.
+    """
+
+    columns: dict[str, Tensor]
+    sink_mass: Tensor
+    groups: Tensor
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """A packed batch of prompts with their sampled completions.
 
@@ -40,6 +56,7 @@ class Rollouts:
         reward_parts: name -> [B] fp32, the parts of the reward; empty until scored.
         answer_spans: [B, 2] int64, tokens of a sequence before its answer's first token and before the one after its
             last, twice its length where no answer was found; None until they are looked for, see `rlattn.answers`.
+        decoded: B, what sampling measured of each completion, or None where it did not; None where it never does.
     """
 
     token_ids: Tensor
@@ -54,6 +71,7 @@ class Rollouts:
     problems: list[Problem]
     reward_parts: dict[str, Tensor]
     answer_spans: Tensor | None = None
+    decoded: list[Decoded | None] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -99,6 +117,7 @@ class Rollouts:
             problems=[self.problems[b] for b in chosen],
             reward_parts={name: part[chosen] for name, part in self.reward_parts.items()},
             answer_spans=None if self.answer_spans is None else self.answer_spans[chosen],
+            decoded=None if self.decoded is None else [self.decoded[b] for b in chosen],
         )
 
     @staticmethod
@@ -108,6 +127,7 @@ class Rollouts:
         groups = [0, *accumulate(int(batch.group_ids.max()) + 1 for batch in batches)]
         parts = dict.fromkeys(name for batch in batches for name in batch.reward_parts)
         spans = [batch.answer_spans for batch in batches]
+        decoded = [batch.decoded for batch in batches if batch.decoded is not None]
         names = ("token_ids", "sampled_logps", "prompt_lengths", "truncated", "policy_version", "rewards")
         joined: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
         return Rollouts(
@@ -121,6 +141,7 @@ class Rollouts:
                 for name in parts
             },
             answer_spans=None if any(own is None for own in spans) else torch.cat([s for s in spans if s is not None]),
+            decoded=[one for own in decoded for one in own] if len(decoded) == len(batches) else None,
         )
 
 

@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +20,10 @@ from torch import Tensor
 from rlattn.config import HeadsConfig
 from rlattn.kernels import AttentionStatistics, StatisticsOptions
 from rlattn.rollout.cluster import Place, place
+from rlattn.rollout.decoding import decoded_of, signal_weights
 from rlattn.rollout.worker_setup import leave_source_tree
 from rlattn.signals import HeadSums, SignalRows, reduce_rows
-from rlattn.types import ExtraSignal
+from rlattn.types import Decoded, ExtraSignal
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -54,12 +55,14 @@ class Completion:
         logps: [N] fp32, log-probs of these tokens at the sampling temperature.
         truncated: stopped by the token limit.
         version: of the weights that sampled it.
+        decoded: what sampling measured, if it was to and nothing came between.
     """
 
     token_ids: np.ndarray
     logps: np.ndarray
     truncated: bool
     version: int
+    decoded: Decoded | None = None
 
 
 class EngineInfo(NamedTuple):
@@ -165,11 +168,14 @@ class Engine:
         max_tokens: int,
         longest: int | None = None,
         group: int = 1,
+        groups: Tensor | None = None,
+        extra: tuple[ExtraSignal, ...] = (),
     ) -> Progress:
         """Take `new` requests of a batch, sample for a while, and return what is finished, by request number.
 
         A completion of more than `longest` tokens is given up, and with it its group: requests whose numbers give the
-        same quotient by `group`.
+        same quotient by `group`. By the head groups `groups` [L, H], where they are given (`signals.forward: decode`),
+        attention is measured on the way, WAAD, FAI and the `extra` signals.
 
         It ends when nothing is left, after `HEARTBEAT_S` seconds, or after `patience_s` once something is finished.
         What is left of another batch is dropped first. What is sampled depends only on the requests and the weights:
@@ -187,22 +193,31 @@ class Engine:
         if batch != self._batch:
             self._drop()
             self._batch = batch
+        if groups is not None:
+            self.llm.collective_rpc("rlattn_weigh", args=(signal_weights(groups, extra).tolist(),))
         self._enqueue(new, top_p=top_p, max_tokens=max_tokens)
         finished: dict[int, Completion] = {}
+        names: dict[str, int] = {}  # of those finished
         cut: list[int] = []
         start = time.monotonic()
         while self.llm.llm_engine.has_unfinished_requests():
             if time.monotonic() - start > (patience_s if finished else HEARTBEAT_S):
                 break
-            for output in self.llm.llm_engine.step():
+            ended = [output for output in self.llm.llm_engine.step() if output.finished]
+            if ended and groups is not None:  # at once: the next step may give their place to others
+                self.llm.collective_rpc("rlattn_keep", args=([output.request_id for output in ended],))
+            for output in ended:
                 assert isinstance(output, RequestOutput)
-                if output.finished:
-                    finished[self._numbers.pop(output.request_id)] = self._completion(output.outputs[0])
-                    self._prompt_tokens += len(output.prompt_token_ids or ())
-                    self._cached_tokens += output.num_cached_tokens or 0
+                number = names[output.request_id] = self._numbers.pop(output.request_id)
+                finished[number] = self._completion(output.outputs[0])
+                self._prompt_tokens += len(output.prompt_token_ids or ())
+                self._cached_tokens += output.num_cached_tokens or 0
             if longest is not None:
                 cut += self._cut(longest, group)
             self._look_at_queue()
+        if names and groups is not None:
+            for name, decoded in decoded_of(self.llm.collective_rpc("rlattn_pull"), groups, extra).items():
+                finished[names[name]] = replace(finished[names[name]], decoded=decoded)
         return Progress(finished, cut, self._activity())
 
     def _cut(self, longest: int, group: int) -> list[int]:

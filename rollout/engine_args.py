@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rlattn.config import ConfigError, RunConfig
 from rlattn.config.policy import MAX_SERVED_RANK
+from rlattn.rollout.decoding import SECTION, WORKER
 from rlattn.rollout.placement import on_gpu
+from rlattn.signals import statistics_options
 
 # vLLM keys that rlattn sets; setting them twice would mean that one of the two is ignored.
 OWNED_ENGINE_ARGS = {
@@ -25,6 +29,9 @@ OWNED_ENGINE_ARGS = {
     "logprobs_mode": "rlattn (log-probs at the sampling temperature)",
     "distributed_executor_backend": "rlattn (the engine lives in its actor)",
     "worker_extension_cls": "rlattn (weight transfer)",
+    "worker_cls": "signals.forward",
+    "additional_config": "signals.forward",
+    "disable_cascade_attn": "rlattn (off, as is vLLM's default)",
     "disable_log_stats": "rlattn",
     "enable_lora": "policy.lora.sync",
     "max_loras": "policy.lora.sync",
@@ -51,8 +58,13 @@ def check_engine_args(config: RunConfig) -> None:
         raise ConfigError(f"`rollout.engine_args`: {'; '.join(taken)}; remove from here")
 
 
-def engine_args(config: RunConfig, model_path: str, backend: str | None = None) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` for one engine of this run; `backend` is how vLLM is given weights, if by GPU."""
+def engine_args(
+    config: RunConfig, model_path: str, backend: str | None = None, layers: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for one engine of this run.
+
+    `backend` is how vLLM is given weights, if by GPU; `layers` are those that sampling is listened to in, if it is.
+    """
     check_engine_args(config)
     rollout = config.rollout
     length = rollout.max_prompt_length + rollout.max_completion_length
@@ -70,6 +82,9 @@ def engine_args(config: RunConfig, model_path: str, backend: str | None = None) 
         "worker_extension_cls": "rlattn.rollout.worker.WorkerExtension",
         "disable_log_stats": True,
     }
+    if config.signals.forward == "decode":
+        settings = {"layers": list(layers), "options": asdict(statistics_options(config.signals))}
+        owned |= {"worker_cls": WORKER, "additional_config": {SECTION: settings}, "disable_cascade_attn": True}
     if backend:
         owned["weight_transfer_config"] = {"backend": backend}
     if config.policy.sends_adapters:

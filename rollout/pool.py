@@ -30,8 +30,8 @@ from rlattn.rollout.engine_args import engine_args, engine_env
 from rlattn.rollout.fleet import Audience, Everyone, Fleet, OnlyOne
 from rlattn.rollout.long_tail import Shortest
 from rlattn.rollout.placement import Plan, Seat
-from rlattn.rollout.scoring import score_signals
-from rlattn.signals import HeadGroups
+from rlattn.rollout.scoring import signals_of
+from rlattn.signals import HeadGroups, group_tensor
 from rlattn.types import ExtraSignal, Rollouts, Scores
 
 CUT_PATIENCE_S = 0.25  # likewise, where it may show that others are too long
@@ -73,7 +73,6 @@ class RolloutPool:
         self.config, self.tokenizer, self.version = config, tokenizer, version
         env = engine_env(config)
         backends = {seat.name: transfer.backend(config, plan, seat) for seat in plan.engines}
-        args = {name: engine_args(config, model_path, kind) for name, kind in backends.items()}
         self._broadcast_to = {name for name, kind in backends.items() if kind == "nccl"}
         self._broadcasts: transfer.Broadcasts | None = None
         self._sent = 0, 0.0  # bytes and seconds of the last transfer
@@ -81,6 +80,7 @@ class RolloutPool:
         if config.signals.source == "rollout":
             shape = AutoConfig.from_pretrained(model_path)
             self.layers = capture_layers(shape, config.signals.layers, config.signals.layer_range)
+        args = {name: engine_args(config, model_path, kind, self.layers) for name, kind in backends.items()}
 
         def make(seat: Seat) -> Any:
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle) if group else None
@@ -115,6 +115,8 @@ class RolloutPool:
         temperature: float | None = None,
         max_tokens: int | None = None,
         keep: int | None = None,
+        groups: HeadGroups | None = None,
+        extra: Sequence[ExtraSignal] = (),
     ) -> Rollouts:
         """Sample `num_generations` completions a problem; sequence b answers problem b // num_generations.
 
@@ -131,6 +133,9 @@ class RolloutPool:
             max_tokens: of a completion; `rollout.max_completion_length` if None.
             keep: problems whose completions are returned, those that end soonest (see `rlattn.rollout.long_tail`); all
                 if None.
+            groups: [L][H], the head groups by which signals are measured on the way, `extra` ones too, where
+                `signals.forward` is decode; None measures nothing.
+            extra: as in `score`.
 
         Raises:
             ValueError: no problems, a prompt that does not fit, or `max_tokens` outside 1..max_completion_length.
@@ -140,6 +145,8 @@ class RolloutPool:
         limit = rollout.max_completion_length
         temperature = rollout.temperature if temperature is None else temperature
         sampling: dict[str, Any] = {"top_p": rollout.top_p, "max_tokens": limit if max_tokens is None else max_tokens}
+        if groups is not None:
+            sampling |= {"groups": group_tensor(groups), "extra": tuple(extra)}
         if not problems or num_generations < 1:
             raise ValueError(f"{len(problems)} problems x {num_generations} generations: need at least one of each")
         if not 1 <= sampling["max_tokens"] <= limit:
@@ -196,7 +203,8 @@ class RolloutPool:
     def score(self, rollouts: Rollouts, groups: HeadGroups | None, extra: Sequence[ExtraSignal]) -> Scores:
         """What the engines say about finished sequences that their weights sampled: see `signals.source`.
 
-        Attention signals come from a prefill of the whole sequences, log-probs from their sampling; entropy is 0.
+        Attention signals are those that sampling measured by the same groups, the others come from a prefill of the
+        whole sequences; log-probs are from their sampling; entropy is 0.
 
         Args:
             rollouts: the batch.
@@ -206,7 +214,7 @@ class RolloutPool:
         Raises:
             ActorError: as `generate`; an engine that is lost is rebuilt, and everything measured again.
         """
-        asked = partial(score_signals, self.fleet, self.config, self.layers, rollouts, groups, extra)
+        asked = partial(signals_of, self.fleet, self.config, self.layers, rollouts, groups, extra)
         signals = self.fleet.insist(asked)
         return Scores(rollouts.sampled_logps, torch.zeros_like(rollouts.sampled_logps), signals)
 
@@ -326,6 +334,7 @@ class RolloutPool:
             texts=self._texts(completions),
             problems=[problems[group] for group in group_ids.tolist()],
             reward_parts={},
+            decoded=[c.decoded for c in completions] if self.config.signals.forward == "decode" else None,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rlattn.config import RunConfig
@@ -21,7 +22,62 @@ from rlattn.signals import (
     receivers_of,
     statistics_options,
 )
-from rlattn.types import ExtraSignal, Rollouts, Signals
+from rlattn.types import ExtraSignal, Rollouts, Signals, token_indices
+
+
+def signals_of(
+    fleet: Fleet,
+    config: RunConfig,
+    layers: list[int],
+    rollouts: Rollouts,
+    groups: HeadGroups | None,
+    extra: Sequence[ExtraSignal],
+) -> Signals:
+    """Signals of a batch: what sampling measured by these `groups`, and of the rest what a prefill shows.
+
+    The last token of a completion was sampled and not read where sampling measured it, so its WAAD and what its row
+    would give to others are 0; a prefill has it.
+
+    Raises:
+        ActorLost: as `score_signals`.
+    """
+    known = group_tensor(groups)
+    decoded = rollouts.decoded or [None] * len(rollouts)
+    if config.signals.heads.select == "all":
+        known = next((torch.zeros_like(own.groups) for own in decoded if own), known)
+    fits = [own is not None and known is not None and torch.equal(own.groups, known) for own in decoded]
+    missing = [b for b, fit in enumerate(fits) if not fit]
+    if len(missing) == len(rollouts):
+        return score_signals(fleet, config, layers, rollouts, groups, extra)
+    columns = {name: torch.zeros(len(rollouts.token_ids)) for name in ("waad", "fai", *extra)}  # [T] each
+    starts = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist()
+    sinks, rows = [], 0
+    for start, own, fit in zip(starts, decoded, fits, strict=True):
+        if own is not None and fit:
+            for name, column in columns.items():
+                column[start : start + len(own.columns[name])] = own.columns[name]
+            sinks.append(own.sink_mass)
+            rows += len(own.columns["waad"])
+    if missing:
+        rest = score_signals(fleet, config, layers, rollouts.take(missing), groups, extra)
+        tokens = token_indices(rollouts.cu_seqlens, missing)
+        columns["waad"][tokens], columns["fai"][tokens] = rest.waad, rest.fai
+        for name in extra:
+            columns[name][tokens] = rest.extra[name]
+        more = int(rollouts.response_lengths[missing].sum())
+        sinks.append(rest.sink_mass.double() * more)
+        rows += more
+    assert known is not None
+    return Signals(
+        waad=columns["waad"],
+        fai=columns["fai"],
+        layers=layers,
+        span=None,
+        entropy=None,
+        sink_mass=(torch.stack(sinks).sum(0) / max(1, rows)).float(),
+        groups=known,
+        extra={name: columns[name] for name in extra},
+    )
 
 
 def score_signals(

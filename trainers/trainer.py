@@ -23,7 +23,7 @@ from rlattn.evaluation.in_training import evaluate
 from rlattn.problem import Problem
 from rlattn.rollout.pool import RolloutPool
 from rlattn.rollout.transfer import direct
-from rlattn.signals import HeadGroups, signal_metrics
+from rlattn.signals import HeadGroups, decodable_groups, signal_metrics
 from rlattn.tasks import Task
 from rlattn.timing import PhaseTimer
 from rlattn.trainers.ahead import Ahead
@@ -136,8 +136,16 @@ class Trainer(ABC):
             prompts = self.refills.at(step * (most - 1) + index - 1) if index else self.prompts.at(step)
             with timer("generate"):
                 first = index * len(prompts) * generations
-                keep, seed = config.trainer.prompts_per_step, config.seed
-                rollouts = self.rollout.generate(prompts, generations, seed=seed, step=step, first=first, keep=keep)
+                rollouts = self.rollout.generate(
+                    prompts,
+                    generations,
+                    seed=config.seed,
+                    step=step,
+                    first=first,
+                    keep=config.trainer.prompts_per_step,
+                    groups=decodable_groups(config.signals, step, self.groups),
+                    extra=self.policy.extra,
+                )
             with timer("reward"):
                 return self.reward(rollouts, failures)
 

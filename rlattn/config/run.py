@@ -115,6 +115,8 @@ class RunConfig(Section):
             self._check_rollout_signals()
         if self.signals.forward == "train":
             self._check_training_forward()
+        if self.signals.forward == "decode":
+            self._check_decoding()
         return self
 
     @property
@@ -148,11 +150,35 @@ class RunConfig(Section):
             "algorithm.vllm_importance_sampling_correction": self.algorithm.vllm_importance_sampling_correction,
             f"rollout.top_p={self.rollout.top_p}": self.rollout.top_p < 1,
             f"credit.name={self.credit.name}": self.credit.name in ("entropy", "entropy_selection", "flow"),
-            f"signals.forward={self.signals.forward}": self.signals.forward != "score",
+            f"signals.forward={self.signals.forward}": self.signals.forward == "train",
         }
         wrong = [name for name, needed in asked.items() if needed]
         if wrong:
             raise ValueError(f"signals.source=rollout runs no scoring forward, which {', '.join(wrong)} needs")
+
+    def _check_decoding(self) -> None:
+        """What rows that come one by one can tell, and whom they must be told by."""
+        signals = self.signals
+        if signals.source != "rollout":
+            raise ValueError(
+                f"signals.forward=decode listens to sampling engines, not signals.source={signals.source}; set that to "
+                "rollout, or signals.forward to score"
+            )
+        if signals.heads.select != "all" and signals.heads.scope != "calibrated":
+            raise ValueError(
+                f"signals.forward=decode cannot have signals.heads.scope={signals.heads.scope}, whose groups are known "
+                "only after the batch; set the scope to calibrated, or signals.forward to score"
+            )
+        if signals.fai_high is None or signals.sink_tokens:
+            raise ValueError(
+                f"signals.forward=decode sees a row's own band alone, which signals.fai_high={signals.fai_high} and "
+                f"signals.sink_tokens={signals.sink_tokens} do not fit; give a number and 0, or set it to score"
+            )
+        if self.rollout.engine_args.get("speculative_config"):
+            raise ValueError(
+                "signals.forward=decode counts one row a step, but rollout.engine_args has a speculative_config; leave "
+                "that out, or set signals.forward to score"
+            )
 
     def _check_training_forward(self) -> None:
         iterations, steps = self.algorithm.num_iterations, self.algorithm.steps_per_generation

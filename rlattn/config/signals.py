@@ -45,11 +45,12 @@ class SignalsConfig(Section):
     source: Literal["policy", "rollout"] = "policy"
     """Whose forward is captured. `policy`: the policy's (see `forward`). `rollout`: a prefill of whole sequences in the
     engines that sampled them; the policy then scores nothing, and the engines' log-probs are the old ones."""
-    forward: Literal["score", "train"] = "score"
+    forward: Literal["score", "train", "decode"] = "score"
     """The forward that is captured. `score`: one before the update, which also gives the old log-probs. `train`: the
     update's own, before each micro-batch's loss, so that no scoring forward runs; for batches that take a single
     optimizer step, with `heads.scope` calibrated (steps that measure the groups score first) or sequence, or with
-    `heads.select` all."""
+    `heads.select` all. `decode`: with `source: rollout`, sampling itself, by head groups known before it: with
+    `heads.scope` calibrated (steps that measure the groups score) or `heads.select` all (the first step scores)."""
     layers: int | list[int] | None = 5
     """How many evenly spaced layers of `layer_range`, fewer where the model has fewer there; null takes every one. Or a
     list, such as [3, 7, 11]: these layers, counted from 0."""

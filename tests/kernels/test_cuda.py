@@ -11,6 +11,7 @@ from rlattn.kernels import Capture, StatisticsOptions, attention_statistics, pac
 from rlattn.kernels.bounds import bounds_of
 from rlattn.kernels.reference import dense_statistics
 from rlattn.kernels.statistics import AttentionVariant
+from tests.kernels.decoding import assert_decoded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,3 +150,11 @@ def test_banded_capture_equals_full_capture(tiny_model, token_batch):
             assert error <= 1e-5, name
         response = full.lse != 0  # flash attention knows the prompt's rows too
         assert torch.allclose(banded.lse[response], full.lse[response], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [{}, {"sliding_window": 20}, {"softcap": 2.0, "sinks": torch.randn(8)}])
+@pytest.mark.parametrize("heads", [8, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decoding(packed, dtype, heads, variant):
+    batch = packed([150, 333, 1, 40], heads=8, kv_heads=heads, dim=128, dtype=dtype)
+    assert_decoded(batch, StatisticsOptions(), given_lse=True, device="cuda", **variant)

@@ -9,6 +9,7 @@ import torch
 
 from rlattn.kernels import AttentionStatistics, StatisticsOptions, attention_statistics
 from rlattn.kernels.reference import dense_statistics
+from tests.kernels.decoding import assert_decoded
 
 pytest.importorskip("triton")
 from triton import knobs
@@ -158,3 +159,15 @@ def test_what_they_cannot_do_is_refused(changes, message):
     arguments |= {"response_starts": [2, 6], "scale": 1.0, "options": StatisticsOptions(), "backend": "triton"}
     with pytest.raises(ValueError, match=message):
         attention_statistics(**(arguments | changes))
+
+
+@pytest.mark.parametrize("variant", [{}, {"sliding_window": 20}, {"softcap": 2.0, "sinks": torch.tensor([0.5, -2.0])}])
+@pytest.mark.parametrize("options", [StatisticsOptions(), StatisticsOptions(30, 0, 5), StatisticsOptions(3, 4, 140)])
+def test_decoding(packed, options, variant):
+    assert_decoded(packed([40, 33, 1], heads=2, kv_heads=1, dim=24), options, given_lse=True, **variant)
+
+
+@pytest.mark.parametrize("heads", [3, 1])
+def test_decoding_with_shared_key_heads_and_in_bfloat16(packed, heads):
+    batch = packed([21, 9], heads=3, kv_heads=heads, dim=16, dtype=torch.bfloat16)
+    assert_decoded(batch, StatisticsOptions(), given_lse=True)

@@ -1,0 +1,231 @@
+"""Attention signals measured while a completion is sampled, so that nothing is forwarded twice.
+
+Every decoding step adds its rows to a store beside the KV cache (`rlattn.kernels.paged`). When a completion is
+finished, its rows are reduced by the head groups, which are known beforehand, to a number a token.
+
+[n] rows of a completion, [L] captured layers, [H] query heads, [C] signals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rlattn.kernels import StatisticsOptions
+from rlattn.kernels.paged import FAI, SINK_MASS, WAAD, decode_statistics
+from rlattn.kernels.statistics import AttentionVariant
+from rlattn.signals import GLOBAL, LOCAL
+from rlattn.types import Decoded, ExtraSignal
+
+WORKER = "rlattn.rollout.decoding_worker.DecodingWorker"
+SECTION = "rlattn"  # of vLLM's `additional_config`
+
+
+def signal_weights(groups: Tensor, extra: Sequence[ExtraSignal] = ()) -> Tensor:
+    """[C, L, 3, H] fp64: what each head's statistics weigh in WAAD, FAI and the `extra` signals.
+
+    `groups` is [L, H] int8; all 0 means every head (`signals.heads.select: all`).
+    """
+    every = torch.ones_like(groups, dtype=torch.bool)
+    chosen = [(WAAD, groups == LOCAL), (FAI, groups == GLOBAL)] if groups.any() else [(WAAD, every), (FAI, every)]
+    weights = torch.zeros(2 + len(extra), len(groups), 3, groups.shape[1], dtype=torch.float64)
+    for column, (kind, heads) in enumerate(chosen + [(FAI, every) for _ in extra]):  # `fai_all` is the only one
+        weights[column, :, kind] = heads / heads.sum()
+    return weights
+
+
+def decoded_of(workers: Sequence[bytes], groups: Tensor, extra: Sequence[ExtraSignal]) -> dict[str, Decoded]:
+    """By request name, what `SlotStore.pull` of every tensor-parallel worker, each with its own heads, adds up to."""
+    parts = [load(part) for part in workers]
+    found = {}
+    for key in parts[0]:
+        name, _, kind = key.partition("/")
+        if kind == "signals":
+            columns = torch.stack([part[key] for part in parts]).sum(0).float()  # [C, n]
+            sinks = torch.cat([part[f"{name}/sink_mass"] for part in parts], -1)
+            found[name] = Decoded(dict(zip(("waad", "fai", *extra), columns, strict=True)), sinks, groups)
+    return found
+
+
+@dataclass
+class Track:
+    """Where a request's tokens lie in the KV cache.
+
+    Attributes:
+        blocks: of the cache, in order.
+        prompt: tokens of its prompt.
+        rows: tokens computed so far.
+        whole: every row behind the prompt was decoded: it was not preempted, which has rows computed in bulk again.
+    """
+
+    blocks: list[int]
+    prompt: int
+    rows: int = 0
+    whole: bool = True
+
+
+class SlotStore:
+    """What the tokens in one worker's KV cache have shown while they were decoded.
+
+    Args:
+        layers: index -> vLLM's attention layer.
+        options: what is measured.
+        blocks, block_size: of the KV cache.
+        device: where that lies.
+        first_head: of all query heads, this worker's first.
+
+    Raises:
+        ValueError: an attention backend that keeps its rows' log-sum-exp to itself, or layers that differ in heads.
+    """
+
+    def __init__(
+        self,
+        layers: dict[int, Any],
+        options: StatisticsOptions,
+        *,
+        blocks: int,
+        block_size: int,
+        device: torch.device,
+        first_head: int = 0,
+    ) -> None:
+        heads = {layer.impl.num_heads for layer in layers.values()}
+        if len(heads) != 1:
+            raise ValueError(f"signals.forward=decode needs layers of as many heads each, not {sorted(heads)}")
+        self.options, self.first_head = options, first_head
+        self.slots = torch.zeros(blocks, block_size, len(layers), 3, heads.pop(), device=device)
+        self.tracks: dict[str, Track] = {}
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._weights = torch.empty(0)
+        self._now: int | None = None  # the place of the layer that is computed
+        if device.type == "cuda":
+            self._hear_flash(layers)
+        else:
+            self._hear_keys(layers)
+
+    def note(self, scheduled: Any) -> None:
+        """Take in what vLLM's scheduler has decided about the next step (`SchedulerOutput`)."""
+        for name in scheduled.finished_req_ids:
+            self.tracks.pop(name, None)
+        computed = {}
+        for new in scheduled.scheduled_new_reqs:
+            known = new.req_id in self.tracks  # resumed, for vLLM's second model runner
+            self.tracks[new.req_id] = Track(list(new.block_ids[0]), len(new.prompt_token_ids or ()), whole=not known)
+            computed[new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for name, blocks, before in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            track = self.tracks[name]
+            if name in cached.resumed_req_ids:
+                track.blocks, track.whole = [], False
+            track.blocks += blocks[0] if blocks else ()
+            computed[name] = before
+        for name, before in computed.items():
+            self.tracks[name].rows = before + scheduled.num_scheduled_tokens[name]
+
+    def weigh(self, weights: Tensor) -> None:
+        """Reduce by these `signal_weights` from now on."""
+        heads = slice(self.first_head, self.first_head + self.slots.shape[-1])
+        self._weights = weights[..., heads].to(self.slots.device)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Reduce what finished requests have shown, before others get their place; waits for no GPU."""
+        found = {name.partition("-")[0]: track for name, track in self.tracks.items()}  # vLLM adds a suffix
+        for name in names:
+            track = found[name]
+            if track.whole:
+                self._kept[name] = self._reduce(track)
+
+    def _reduce(self, track: Track) -> tuple[Tensor, Tensor]:
+        """[C, n] and, summed over rows, [L, H], fp64."""
+        device, options = self.slots.device, self.options
+        assert options.fai_high is not None
+        blocks = torch.tensor(track.blocks).to(device, non_blocking=True)
+        rows = self.slots[blocks].flatten(0, 1)[track.prompt : track.rows].double()  # [n, L, 3, H]
+        position = torch.arange(track.prompt, max(track.prompt, track.rows), device=device)
+        last = (position + options.fai_high).clamp(max=track.rows - 1)
+        counted = (last - position - options.fai_low + 1).clamp(min=1)  # rows; where there are none, the sum is 0
+        rows[:, :, FAI] /= counted[:, None, None]
+        return torch.einsum("nlkh,clkh->cn", rows, self._weights), rows[:, :, SINK_MASS].sum(0)
+
+    def pull(self) -> bytes:
+        """What was kept, as safetensors: `name/signals` [C, n] and `name/sink_mass` [L, H]; then forget it."""
+        kept, self._kept = self._kept, {}
+        sizes = [signals.shape[1] for signals, _ in kept.values()]
+        tensors: dict[str, Tensor] = {}
+        if kept:
+            whole = torch.cat([signals for signals, _ in kept.values()], 1).cpu().split(sizes, 1)  # one wait for all
+            sinks = torch.stack([sink for _, sink in kept.values()]).cpu()
+            for name, signals, sink in zip(kept, whole, sinks, strict=True):
+                tensors |= {f"{name}/signals": signals.contiguous(), f"{name}/sink_mass": sink}
+        return save(tensors)
+
+    def _hear_flash(self, layers: dict[int, Any]) -> None:
+        """Have FlashAttention give the log-sum-exp that it has anyway, also within CUDA graphs."""
+        from vllm.v1.attention.backends import flash_attn as backend
+
+        others = {type(x.impl).__name__ for x in layers.values() if not isinstance(x.impl, backend.FlashAttentionImpl)}
+        if others or next(iter(layers.values())).impl.kv_cache_dtype.startswith("fp8"):
+            what = ", ".join(sorted(others)) or "an fp8 KV cache"
+            raise ValueError(f"signals.forward=decode reads FlashAttention's own KV cache, but this engine has {what}")
+        original = backend.flash_attn_varlen_func
+        variants = [variant_of(layer) for layer in layers.values()]
+
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            if self._now is None:
+                return original(*args, **kwargs)
+            result, lse = original(*args, **kwargs | {"return_softmax_lse": True})
+            names = {"q": "q", "keys": "k", "starts": "cu_seqlens_q", "lengths": "seqused_k", "pages": "block_table"}
+            step = {own: kwargs[theirs] for own, theirs in names.items()}
+            self._add(self._now, variants[self._now], lse=lse, **step)
+            return result
+
+        backend.flash_attn_varlen_func = listening
+        for place, layer in enumerate(layers.values()):
+            layer.impl.forward = self._at(place, layer.impl.forward)
+
+    def _at(self, place: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._now = place
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._now = None
+
+        return forward
+
+    def _hear_keys(self, layers: dict[int, Any]) -> None:
+        """On a CPU, whose cache is packed for its kernels: keep the keys once more, and compute the rows."""
+        for place, layer in enumerate(layers.values()):
+            layer.impl.forward = self._keeping_keys(place, variant_of(layer), layer.impl.forward)
+
+    def _keeping_keys(self, place: int, variant: AttentionVariant, original: Callable[..., Any]) -> Callable[..., Any]:
+        store: list[Tensor] = []
+
+        def forward(
+            layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Any, step: Any, *more: Any, **named: Any
+        ) -> Any:
+            result = original(layer, query, key, value, cache, step, *more, **named)
+            if step is not None:  # warm-up has none
+                store[:] = store or [key.new_zeros(*self.slots.shape[:2], *key.shape[1:])]
+                tokens = step.num_actual_tokens
+                store[0].flatten(0, 1)[step.slot_mapping[:tokens]] = key[:tokens]
+                bounds = {"starts": step.query_start_loc, "lengths": step.seq_lens, "pages": step.block_table}
+                self._add(place, variant, q=query[:tokens], keys=store[0], **bounds)
+            return result
+
+        return forward
+
+    def _add(self, place: int, variant: AttentionVariant, **step: Any) -> None:
+        out = self.slots[:, :, place].flatten(0, 1)
+        decode_statistics(out, options=self.options, variant=variant, **step)
+
+
+def variant_of(layer: Any) -> AttentionVariant:
+    """How vLLM's attention layer makes its map."""
+    impl = layer.impl
+    softcap = getattr(impl, "logits_soft_cap", None) or None
+    return AttentionVariant(impl.scale, layer.sliding_window, softcap, getattr(impl, "sinks", None))
