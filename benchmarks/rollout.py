@@ -5,10 +5,12 @@
 
 Random weights of Qwen3's shapes. Each kind of engine is a process of its own, all of them loaded at the same time and
 sampling the same prompts to a fixed length in turns: `plain` is `vllm.LLM` as it comes, in one process; `ours` has
-besides rlattn's worker extension and has scored attention before, as in a run with `signals.source: rollout`; `apart`
-is plain vLLM with its engine core in a process of its own. Figures are medians over turns. Weights are sent as bytes,
-the way of the object store, and compared with copying as many on the device; `transfer.py` has the other ways. The same
-run checks the engine's statistics against transformers' eager attention on the same weights.
+besides rlattn's worker extension and has scored attention before, as in a run with `signals.source: rollout`;
+`decoding` measures attention in five layers on the way, as with `signals.forward: decode`, its figures reduced to
+signals within its time, and is compared with a prefill of the same sequences afterwards, in time and in signals;
+`apart` is plain vLLM with its engine core in a process of its own. Figures are medians over turns. Weights are sent as
+bytes, the way of the object store, and compared with copying as many on the device; `transfer.py` has the other ways.
+The same run checks the engine's statistics against transformers' eager attention on the same weights.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
+
+from rlattn.kernels import StatisticsOptions, capture_layers
+from rlattn.types import Decoded
 
 sys.path.append(str(Path(__file__).parent))  # which -P leaves off
 from shapes import DEVICE, SHAPES, save_model, vocabulary
@@ -36,7 +43,7 @@ LOADS = {  # sequences, prompt tokens, sampled tokens
     "4b": (256, 128, 512),
     "tiny": (16, 16, 32),
 }
-KINDS = ("plain", "ours", "apart")
+KINDS = ("plain", "ours", "decoding", "apart")
 TURNS, RUNS = 6, 3
 ANSWER_S = 600  # longest wait for an engine
 BUCKET_BYTES = 256 << 20
@@ -53,19 +60,39 @@ def engine(model: str, kind: str, shape: str) -> Any:
     else:
         arguments |= {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
-    if kind == "ours":
+    if kind in ("ours", "decoding"):
         arguments["worker_extension_cls"] = "rlattn.rollout.worker.WorkerExtension"
+    if kind == "decoding":
+        from rlattn.rollout.decoding import SECTION, WORKER
+
+        settings = {"layers": middle_layers(model), "options": asdict(StatisticsOptions())}
+        arguments |= {"worker_cls": WORKER, "additional_config": {SECTION: settings}}
     return LLM(model, skip_tokenizer_init=True, distributed_executor_backend="uni", **arguments)
 
 
-def sampling_seconds(llm: Any, shape: str) -> float:
+def middle_layers(model: str) -> list[int]:
+    return capture_layers(AutoConfig.from_pretrained(model), 5, "middle")
+
+
+def head_groups(model: str) -> torch.Tensor:
+    """[L, H]: a third of the heads local, a third global, in every layer."""
+    heads = torch.arange(AutoConfig.from_pretrained(model).num_attention_heads)
+    return (heads % 3 - 1).to(torch.int8).expand(len(middle_layers(model)), -1)
+
+
+def request(shape: str) -> tuple[list[Any], Any]:
     from vllm import SamplingParams, TokensPrompt
 
     sequences, prompt, sampled = LOADS[shape]
     draws = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, vocabulary(shape), (sequences, prompt), generator=draws).tolist()
     asked = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-    parameters = SamplingParams(temperature=1.0, max_tokens=sampled, ignore_eos=True, detokenize=False, logprobs=0)
+    return asked, SamplingParams(temperature=1.0, max_tokens=sampled, ignore_eos=True, detokenize=False, logprobs=0)
+
+
+def sampling_seconds(llm: Any, shape: str) -> float:
+    asked, parameters = request(shape)
+    sampled = LOADS[shape][2]
     llm.generate(asked[:8], parameters, use_tqdm=False)  # warm
     llm.reset_prefix_cache()
     start = time.perf_counter()
@@ -73,6 +100,60 @@ def sampling_seconds(llm: Any, shape: str) -> float:
     seconds = time.perf_counter() - start
     assert all(len(output.outputs[0].token_ids) == sampled for output in outputs)
     return seconds
+
+
+def decode(llm: Any, asked: list[Any], parameters: Any, groups: torch.Tensor) -> tuple[list[list[int]], list[Decoded]]:
+    """Sequences, and what sampling measured of them, as `Engine.advance` does it."""
+    from rlattn.rollout.decoding import decoded_of, signal_weights
+
+    llm.collective_rpc("rlattn_weigh", args=(signal_weights(groups).tolist(),))
+    names = llm.enqueue(asked, parameters, use_tqdm=False)
+    tokens = {}
+    while llm.llm_engine.has_unfinished_requests():
+        ended = [output for output in llm.llm_engine.step() if output.finished]
+        if ended:
+            llm.collective_rpc("rlattn_keep", args=([output.request_id for output in ended],))
+        for output in ended:
+            tokens[output.request_id] = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    decoded = decoded_of(llm.collective_rpc("rlattn_pull"), groups, ())
+    names = [name.partition("-")[0] for name in names]
+    return [tokens[name] for name in names], [decoded[name] for name in names]
+
+
+def decoding_seconds(llm: Any, model: str, shape: str) -> float:
+    """As `sampling_seconds`, with signals."""
+    asked, parameters = request(shape)
+    groups = head_groups(model)
+    decode(llm, asked[:8], parameters, groups)  # warm
+    llm.reset_prefix_cache()
+    start = time.perf_counter()
+    decode(llm, asked, parameters, groups)
+    return time.perf_counter() - start
+
+
+def agreement(llm: Any, model: str, shape: str) -> dict[str, float]:
+    """What a prefill shows of the same sequences, and the seconds that it takes."""
+    from rlattn.rollout import attention_statistics
+    from rlattn.signals import GLOBAL, LOCAL
+
+    groups, prompt = head_groups(model), LOADS[shape][1]
+    sequences, decoded = decode(llm, *request(shape), groups)
+    read = [ids[: prompt + len(own.columns["waad"])] for ids, own in zip(sequences, decoded, strict=True)]
+    layers, starts = middle_layers(model), [prompt] * len(read)
+    attention_statistics(llm, read[:2], layers=layers, response_starts=starts[:2])  # warm
+    start = time.perf_counter()
+    found = attention_statistics(llm, read, layers=layers, response_starts=starts)
+    seconds = time.perf_counter() - start
+    result = {"prefill_seconds": seconds}
+    for name, group in (("waad", LOCAL), ("fai", GLOBAL)):
+        off, most = [], []
+        for own, by_layer in zip(decoded, found, strict=True):
+            rows = torch.stack([getattr(by_layer[layer], name) for layer in layers])  # [L, H, N]
+            theirs = rows[groups == group].mean(0)[prompt:]
+            off.append((own.columns[name] - theirs).abs().max())
+            most.append(theirs.abs().max())
+        result[f"{name}_error"] = (torch.stack(off).max() / torch.stack(most).max()).item()
+    return result
 
 
 def scoring(llm: Any, model: str, shape: str) -> dict[str, float]:
@@ -158,7 +239,8 @@ def serve(pipe: Connection, kind: str, shape: str, model: str) -> None:
     llm = engine(model, kind, shape)
     calls: dict[str, Callable[[], Any]] = {
         "ready": lambda: True,
-        "sample": lambda: sampling_seconds(llm, shape),
+        "sample": lambda: decoding_seconds(llm, model, shape) if kind == "decoding" else sampling_seconds(llm, shape),
+        "agreement": lambda: agreement(llm, model, shape),
         "scoring": lambda: scoring(llm, model, shape),
         "transfer": lambda: transfer(llm, model),
         "sleep": lambda: sleeping(llm),
@@ -197,15 +279,22 @@ def compare(shape: str, kinds: list[str]) -> dict[str, Any]:
             for kind in kinds:  # one after the other, since each measures the memory that others leave it
                 engines[kind] = Served(kind, shape, folder)
                 engines[kind]("ready")
-            found: dict[str, Any] = {"scoring": engines["ours"]("scoring")}
-            assert found["scoring"]["error"] < TOLERANCE[DEVICE], found
+            found: dict[str, Any] = {}
+            if "ours" in kinds:
+                found["scoring"] = engines["ours"]("scoring")
+                assert found["scoring"]["error"] < TOLERANCE[DEVICE], found
+            if "decoding" in kinds:
+                found["decoding"] = engines["decoding"]("agreement")
+                print(json.dumps(found), flush=True)
+                assert max(found["decoding"][f"{name}_error"] for name in ("waad", "fai")) < TOLERANCE[DEVICE], found
             turns = []
             for _ in range(TURNS + 1):
                 turns.append({kind: engines[kind]("sample") for kind in kinds})
                 print(shape, json.dumps(turns[-1]), flush=True)
             turns = turns[1:]
-            found["transfer"] = engines["ours"]("transfer")
-            if DEVICE == "cuda":
+            if "ours" in kinds:
+                found["transfer"] = engines["ours"]("transfer")
+            if "ours" in kinds and DEVICE == "cuda":
                 found["sleep"] = engines["ours"]("sleep")
         finally:
             for served in engines.values():
@@ -215,8 +304,10 @@ def compare(shape: str, kinds: list[str]) -> dict[str, Any]:
     medians = {kind: statistics.median(own) for kind, own in seconds.items()}
     return found | {
         "tokens_per_second": {kind: sequences * sampled / own for kind, own in medians.items()},
-        "ours_over_plain": medians["plain"] / medians["ours"],
-        "ours_over_plain_by_turn": [turn["plain"] / turn["ours"] for turn in turns],
+        "over_plain": {kind: medians["plain"] / own for kind, own in medians.items() if kind != "plain"},
+        "over_plain_by_turn": {
+            kind: [turn["plain"] / turn[kind] for turn in turns] for kind in kinds if kind != "plain"
+        },
     }
 
 

@@ -8,8 +8,9 @@ finished, its rows are reduced by the head groups, which are known beforehand, t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from rlattn.types import Decoded, ExtraSignal
 
 WORKER = "rlattn.rollout.decoding_worker.DecodingWorker"
 SECTION = "rlattn"  # of vLLM's `additional_config`
+STEPS = 3  # a finished request was in one of so many last steps, as vLLM schedules up to two ahead of its outputs
 
 
 def signal_weights(groups: Tensor, extra: Sequence[ExtraSignal] = ()) -> Tensor:
@@ -59,13 +61,11 @@ class Track:
     Attributes:
         blocks: of the cache, in order.
         prompt: tokens of its prompt.
-        rows: tokens computed so far.
         whole: every row behind the prompt was decoded: it was not preempted, which has rows computed in bulk again.
     """
 
     blocks: list[int]
     prompt: int
-    rows: int = 0
     whole: bool = True
 
 
@@ -77,6 +77,7 @@ class SlotStore:
         options: what is measured.
         blocks, block_size: of the KV cache.
         device: where that lies.
+        dtype: of queries and keys.
         first_head: of all query heads, this worker's first.
 
     Raises:
@@ -91,6 +92,7 @@ class SlotStore:
         blocks: int,
         block_size: int,
         device: torch.device,
+        dtype: torch.dtype,
         first_head: int = 0,
     ) -> None:
         heads = {layer.impl.num_heads for layer in layers.values()}
@@ -99,32 +101,42 @@ class SlotStore:
         self.options, self.first_head = options, first_head
         self.slots = torch.zeros(blocks, block_size, len(layers), 3, heads.pop(), device=device)
         self.tracks: dict[str, Track] = {}
+        self.steps: deque[Any] = deque(maxlen=STEPS)  # that the scheduler has decided, the last one last
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights = torch.empty(0)
         self._now: int | None = None  # the place of the layer that is computed
         if device.type == "cuda":
-            self._hear_flash(layers)
+            self._hear_flash(layers, dtype)
         else:
             self._hear_keys(layers)
 
     def note(self, scheduled: Any) -> None:
-        """Take in what vLLM's scheduler has decided about the next step (`SchedulerOutput`)."""
+        """Take in what vLLM's scheduler has decided about the next step (`SchedulerOutput`).
+
+        There are hundreds of requests a step, so it looks at none that has not changed.
+        """
+        self.steps.append(scheduled)
         for name in scheduled.finished_req_ids:
             self.tracks.pop(name, None)
-        computed = {}
         for new in scheduled.scheduled_new_reqs:
             known = new.req_id in self.tracks  # resumed, for vLLM's second model runner
             self.tracks[new.req_id] = Track(list(new.block_ids[0]), len(new.prompt_token_ids or ()), whole=not known)
-            computed[new.req_id] = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
-        for name, blocks, before in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
-            track = self.tracks[name]
-            if name in cached.resumed_req_ids:
-                track.blocks, track.whole = [], False
-            track.blocks += blocks[0] if blocks else ()
-            computed[name] = before
-        for name, before in computed.items():
-            self.tracks[name].rows = before + scheduled.num_scheduled_tokens[name]
+        for name in cached.resumed_req_ids:
+            self.tracks[name] = replace(self.tracks[name], blocks=[], whole=False)
+        for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if blocks is not None:
+                self.tracks[name].blocks += blocks[0]
+
+    def rows(self) -> dict[str, int]:
+        """Tokens computed so far of every request of the last steps."""
+        found: dict[str, int] = {}
+        for step in self.steps:
+            cached, new = step.scheduled_cached_reqs, step.scheduled_new_reqs
+            before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            before |= {request.req_id: request.num_computed_tokens for request in new}
+            found |= {name: count + step.num_scheduled_tokens[name] for name, count in before.items()}
+        return found
 
     def weigh(self, weights: Tensor) -> None:
         """Reduce by these `signal_weights` from now on."""
@@ -133,20 +145,21 @@ class SlotStore:
 
     def keep(self, names: Sequence[str]) -> None:
         """Reduce what finished requests have shown, before others get their place; waits for no GPU."""
-        found = {name.partition("-")[0]: track for name, track in self.tracks.items()}  # vLLM adds a suffix
+        rows = self.rows()
+        found = {name.partition("-")[0]: name for name in rows}  # vLLM adds a suffix
         for name in names:
-            track = found[name]
+            track = self.tracks[found[name]]
             if track.whole:
-                self._kept[name] = self._reduce(track)
+                self._kept[name] = self._reduce(track, rows[found[name]])
 
-    def _reduce(self, track: Track) -> tuple[Tensor, Tensor]:
+    def _reduce(self, track: Track, count: int) -> tuple[Tensor, Tensor]:
         """[C, n] and, summed over rows, [L, H], fp64."""
         device, options = self.slots.device, self.options
         assert options.fai_high is not None
         blocks = torch.tensor(track.blocks).to(device, non_blocking=True)
-        rows = self.slots[blocks].flatten(0, 1)[track.prompt : track.rows].double()  # [n, L, 3, H]
-        position = torch.arange(track.prompt, max(track.prompt, track.rows), device=device)
-        last = (position + options.fai_high).clamp(max=track.rows - 1)
+        rows = self.slots[blocks].flatten(0, 1)[track.prompt : count].double()  # [n, L, 3, H]
+        position = torch.arange(track.prompt, max(track.prompt, count), device=device)
+        last = (position + options.fai_high).clamp(max=count - 1)
         counted = (last - position - options.fai_low + 1).clamp(min=1)  # rows; where there are none, the sum is 0
         rows[:, :, FAI] /= counted[:, None, None]
         return torch.einsum("nlkh,clkh->cn", rows, self._weights), rows[:, :, SINK_MASS].sum(0)
@@ -163,7 +176,7 @@ class SlotStore:
                 tensors |= {f"{name}/signals": signals.contiguous(), f"{name}/sink_mass": sink}
         return save(tensors)
 
-    def _hear_flash(self, layers: dict[int, Any]) -> None:
+    def _hear_flash(self, layers: dict[int, Any], dtype: torch.dtype) -> None:
         """Have FlashAttention give the log-sum-exp that it has anyway, also within CUDA graphs."""
         from vllm.v1.attention.backends import flash_attn as backend
 
@@ -186,6 +199,16 @@ class SlotStore:
         backend.flash_attn_varlen_func = listening
         for place, layer in enumerate(layers.values()):
             layer.impl.forward = self._at(place, layer.impl.forward)
+            self._load_kernel(place, layer.impl, variants[place], dtype)
+
+    def _load_kernel(self, place: int, impl: Any, variant: AttentionVariant, dtype: torch.dtype) -> None:
+        """On an idle step, as a CUDA graph could not be made meanwhile."""
+        made: dict[str, Any] = {"device": self.slots.device, "dtype": dtype}
+        q = torch.zeros(1, impl.num_heads, impl.head_size, **made)
+        keys = torch.zeros(1, self.slots.shape[1], impl.num_kv_heads, impl.head_size, **made)
+        starts, lengths, pages = (self.slots.new_zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 1)))
+        lse = self.slots.new_zeros(impl.num_heads, 1)
+        self._add(place, variant, q=q, keys=keys, starts=starts, lengths=lengths, pages=pages, lse=lse)
 
     def _at(self, place: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ class DecodingWorker(Worker):
             raise ValueError(f"signals.forward=decode needs a model with one kind of KV cache; this has {len(groups)}")
         settings: dict[str, Any] = self.vllm_config.additional_config[SECTION]  # type: ignore[index]
         assert self.device is not None
+        assert isinstance(self.model_config.dtype, torch.dtype)
         chosen = attention_layers(self.vllm_config.compilation_config.static_forward_context, settings["layers"])
         self.rlattn_store = SlotStore(
             chosen,
@@ -40,6 +41,7 @@ class DecodingWorker(Worker):
             blocks=kv_cache_config.num_blocks,
             block_size=groups[0].kv_cache_spec.block_size,
             device=self.device,
+            dtype=self.model_config.dtype,
             first_head=get_tensor_model_parallel_rank() * next(iter(chosen.values())).impl.num_heads,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ def test_decoded_signals_are_the_policys(rollout, local_ray, tokenizer, tmp_path
 
 def test_a_request_that_is_resumed_is_not_whole() -> None:
     """Both model runners' ways: as a resumed request, and as a new one by a known name."""
-    from rlattn.rollout.decoding import SlotStore
+    from rlattn.rollout.decoding import STEPS, SlotStore
 
     def step(new=(), cached=(), resumed=(), finished=()):
         names = [name for name, *_ in cached]
@@ -104,15 +105,14 @@ def test_a_request_that_is_resumed_is_not_whole() -> None:
         )
 
     store = SlotStore.__new__(SlotStore)
-    store.tracks = {}
+    store.tracks, store.steps = {}, deque(maxlen=STEPS)
     store.note(step(new=[("a", [4]), ("b", [5])]))
     store.note(step(cached=[("a", None, 3), ("b", ([7],), 3)]))
-    assert [(t.blocks, t.prompt, t.rows, t.whole) for t in store.tracks.values()] == [
-        ([4], 3, 4, True),
-        ([5, 7], 3, 4, True),
-    ]
+    assert [(t.blocks, t.prompt, t.whole) for t in store.tracks.values()] == [([4], 3, True), ([5, 7], 3, True)]
+    assert store.rows() == {"a": 4, "b": 4}
     store.note(step(cached=[("a", ([8, 9],), 0)], resumed=["a"], new=[("b", [2])]))
     assert [(t.blocks, t.whole) for t in store.tracks.values()] == [([8, 9], False), ([2], False)]
+    assert store.rows() == {"a": 1, "b": 3}
     store.note(step(finished=["a"]))
     assert list(store.tracks) == ["b"]
 
