@@ -9,7 +9,7 @@ Random weights of Qwen3's shapes in bf16. The real actors of a run: `Policy` and
 is timed from the call to the engines' readiness, the median of `RUNS` after a first, and compared with copying as many
 bytes on the device. Checked in the same run: the engine's log-probs of what it samples are the policy's after an
 optimizer step changed the weights, and were not before; in bf16 within twice what rounding to it changes in
-transformers' log-probs of the same tokens, which is measured too. `--check` compares checksums too, and then times that.
+transformers' log-probs of the same tokens, which is measured too. `--check` compares checksums too, and times that.
 """
 
 from __future__ import annotations

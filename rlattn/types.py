@@ -29,7 +29,7 @@ class Decoded:
     Attributes:
         columns: `waad`, `fai` and extra signals -> [n] fp32, of its first n tokens. Where n is its length less one,
             its last token was sampled and never read.
-        sink_mass: [L, H] fp64, summed over these tokens' rows.
+        sink_mass: [L, H] fp32, summed over these tokens' rows.
         groups: [L, H] int8, the head groups that the columns are reduced by.
     """
 

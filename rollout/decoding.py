@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -25,6 +26,7 @@ from rlattn.types import Decoded, ExtraSignal
 
 WORKER = "rlattn.rollout.decoding_worker.DecodingWorker"
 SECTION = "rlattn"  # of vLLM's `additional_config`
+MOST_ROWS = 1 << 16  # that are reduced at a time, 3 KB each for five layers of 16 heads
 STEPS = 3  # a finished request was in one of so many last steps, as vLLM schedules up to two ahead of its outputs
 
 
@@ -141,28 +143,43 @@ class SlotStore:
     def weigh(self, weights: Tensor) -> None:
         """Reduce by these `signal_weights` from now on."""
         heads = slice(self.first_head, self.first_head + self.slots.shape[-1])
-        self._weights = weights[..., heads].to(self.slots.device)
+        self._weights = weights[..., heads].flatten(1).to(self.slots.device)
 
     def keep(self, names: Sequence[str]) -> None:
         """Reduce what finished requests have shown, before others get their place; waits for no GPU."""
         rows = self.rows()
         found = {name.partition("-")[0]: name for name in rows}  # vLLM adds a suffix
-        for name in names:
-            track = self.tracks[found[name]]
-            if track.whole:
-                self._kept[name] = self._reduce(track, rows[found[name]])
+        whole = [(name, self.tracks[found[name]], rows[found[name]]) for name in names]
+        whole = [(name, track, count) for name, track, count in whole if track.whole]
+        size = max((count for _, _, count in whole), default=0)
+        most = max(1, MOST_ROWS // max(1, size))
+        for first in range(0, len(whole), most):
+            own, tracks, counts = zip(*whole[first : first + most], strict=True)
+            signals, sinks = self._reduce(tracks, counts)
+            self._kept |= dict(zip(own, zip(signals, sinks, strict=True), strict=True))
 
-    def _reduce(self, track: Track, count: int) -> tuple[Tensor, Tensor]:
-        """[C, n] and, summed over rows, [L, H], fp64."""
-        device, options = self.slots.device, self.options
+    def _reduce(self, tracks: Sequence[Track], counts: Sequence[int]) -> tuple[Sequence[Tensor], Tensor]:
+        """Of each request with so many rows computed [C, n] and, summed over rows, [L, H].
+
+        Few operators whatever the number of requests: where completions are short, hundreds end at once.
+        """
+        options, size = self.options, self.slots.shape[1]
         assert options.fai_high is not None
-        blocks = torch.tensor(track.blocks).to(device, non_blocking=True)
-        rows = self.slots[blocks].flatten(0, 1)[track.prompt : count].double()  # [n, L, 3, H]
-        position = torch.arange(track.prompt, max(track.prompt, count), device=device)
-        last = (position + options.fai_high).clamp(max=count - 1)
-        counted = (last - position - options.fai_low + 1).clamp(min=1)  # rows; where there are none, the sum is 0
-        rows[:, :, FAI] /= counted[:, None, None]
-        return torch.einsum("nlkh,clkh->cn", rows, self._weights), rows[:, :, SINK_MASS].sum(0)
+        slots, counted = [], []
+        for track, count in zip(tracks, counts, strict=True):
+            position = np.arange(track.prompt, count)
+            slots.append(np.asarray(track.blocks)[position // size] * size + position % size)
+            last = np.minimum(position + options.fai_high, count - 1)
+            counted.append(np.maximum(last - position - options.fai_low + 1, 1))  # where there are none, the sum is 0
+        lengths = [len(own) for own in slots]
+        index, rows, ends = (
+            torch.from_numpy(np.asarray(x)).to(self.slots.device, non_blocking=True)
+            for x in (np.concatenate(slots), np.concatenate(counted), lengths)
+        )
+        found = self.slots.flatten(0, 1)[index]  # [sum of n, L, 3, H]
+        found[:, :, FAI] /= rows[:, None, None]
+        sinks = torch.segment_reduce(found[:, :, SINK_MASS].contiguous(), "sum", lengths=ends, initial=0, unsafe=True)
+        return (self._weights @ found.flatten(1).T.double()).split(lengths, 1), sinks  # fp32 may be cut to TF32
 
     def pull(self) -> bytes:
         """What was kept, as safetensors: `name/signals` [C, n] and `name/sink_mass` [L, H]; then forget it."""

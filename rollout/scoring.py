@@ -65,7 +65,7 @@ def signals_of(
         for name in extra:
             columns[name][tokens] = rest.extra[name]
         more = int(rollouts.response_lengths[missing].sum())
-        sinks.append(rest.sink_mass.double() * more)
+        sinks.append(rest.sink_mass * more)
         rows += more
     assert known is not None
     return Signals(
@@ -74,7 +74,7 @@ def signals_of(
         layers=layers,
         span=None,
         entropy=None,
-        sink_mass=(torch.stack(sinks).sum(0) / max(1, rows)).float(),
+        sink_mass=torch.stack(sinks).sum(0) / max(1, rows),
         groups=known,
         extra={name: columns[name] for name in extra},
     )

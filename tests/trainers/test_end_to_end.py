@@ -186,6 +186,18 @@ def test_engines_that_sleep_while_the_policy_learns_change_nothing(tmp_path, cac
     assert lines["asleep"][-1]["eval/accuracy"] == lines["awake"][-1]["eval/accuracy"]
 
 
+def test_attention_is_measured_while_engines_sample(tmp_path, cache):
+    """The first step has no head groups yet and scores, the second takes its signals from sampling."""
+    decode = "signals={source: rollout, forward: decode, heads: {scope: calibrated}}"
+    small = ["policy.ranks=1", "policy.deepspeed={}", "trainer.steps=2", "trainer.eval_steps=0"]
+    finish(command(tmp_path, cache, *small, "ray.placement=colocate", "rollout.sleep=true", decode))
+    first, second = read_metrics(tmp_path)
+    assert any(name.startswith("signals/attention_entropy") for name in first)
+    assert not any(name.startswith("signals/attention_entropy") for name in second)
+    for name in ("signals/waad_mean", "signals/fai_top_share", "credit/amplified_share", "credit/mean_gamma"):
+        assert second[name] == pytest.approx(first[name], rel=0.3), name
+
+
 def test_a_run_comes_back_from_its_copies(tmp_path, cache):
     small = ["policy.ranks=1", "policy.deepspeed={}", "trainer.eval_steps=0", "trainer.steps=12"]
     url = f"trainer.checkpoint_url=file://{tmp_path}/copies"
