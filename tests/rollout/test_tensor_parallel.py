@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 import pytest
+import torch
 from rollout_tiny import run_config, save_model
 
 from rlattn.rollout.cluster import ActorLost, collect
@@ -27,9 +28,10 @@ def start(local_ray, tmp_path):
     env = engine_env(config) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # two workers would want a NUMA node each
     actors = []
 
-    def started(width):
+    def started(width, **signals):
         backend = {"distributed_executor_backend": "uni" if width == 1 else "mp"}
-        settings = engine_args(config, path) | {"tensor_parallel_size": width} | backend
+        args = engine_args(run_config(signals=signals), path, layers=[0, 1])
+        settings = args | {"tensor_parallel_size": width} | backend
         actor = ray.remote(Engine).options(num_cpus=1, runtime_env={"env_vars": env}).remote(settings)
         actors.append(actor)
 
@@ -76,3 +78,19 @@ def test_workers_end_with_their_engine(start) -> None:
     both = workers(process)
     process.kill()
     wait_for(lambda: not any(worker.is_running() for worker in both), "the workers to end", 30)
+
+
+def test_workers_measure_their_own_heads_while_they_sample(start):
+    decode = {"source": "rollout", "forward": "decode", "heads": {"scope": "calibrated"}, "fai_low": 1, "fai_high": 9}
+    groups = torch.tensor([[-1, 1, 0, -1], [0, -1, 1, 1]], dtype=torch.int8)
+    found = []
+    for width in (1, 2):
+        call, _ = start(width, **decode)
+        done = call("advance", 1, REQUESTS, **HOW, groups=groups, extra=("fai_all",)).finished
+        found.append([done[number].decoded for number, _ in REQUESTS])
+    assert torch.cat([one.columns["fai"] for one in found[0]]).max() > 1e-3
+    for one, two in zip(*found, strict=True):
+        assert one.columns.keys() == two.columns.keys() == {"waad", "fai", "fai_all"}
+        for name, column in one.columns.items():
+            torch.testing.assert_close(two.columns[name], column, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two.sink_mass, one.sink_mass, rtol=1e-4, atol=1e-5)
