@@ -14,6 +14,8 @@ from tests.nodes import wait_for
 
 pytestmark = pytest.mark.slow
 
+DECODE = {"source": "rollout", "forward": "decode", "heads": {"scope": "calibrated"}, "fai_low": 1, "fai_high": 9}
+GROUPS = torch.tensor([[-1, 1, 0, -1], [0, -1, 1, 1]], dtype=torch.int8)
 REQUESTS = [(i, Request([3 + i, 4, 5, 6], seed=i, temperature=1.0)) for i in range(20)]
 HOW = {"patience_s": 60.0, "top_p": 1.0, "max_tokens": 20}
 
@@ -23,15 +25,14 @@ def start(local_ray, tmp_path):
     """Starts an engine of some width; gives a way to call it, and its process."""
     import ray
 
-    config = run_config()
+    config = run_config(signals=DECODE)
     path = save_model(tmp_path, tied=False, seed=0)
     env = engine_env(config) | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # two workers would want a NUMA node each
     actors = []
 
-    def started(width, **signals):
+    def started(width):
         backend = {"distributed_executor_backend": "uni" if width == 1 else "mp"}
-        args = engine_args(run_config(signals=signals), path, layers=[0, 1])
-        settings = args | {"tensor_parallel_size": width} | backend
+        settings = engine_args(config, path, layers=[0, 1]) | {"tensor_parallel_size": width} | backend
         actor = ray.remote(Engine).options(num_cpus=1, runtime_env={"env_vars": env}).remote(settings)
         actors.append(actor)
 
@@ -52,19 +53,30 @@ def workers(engine):
     ]
 
 
-def tokens(call):
+def completions(call):
     finished = {}
     new = REQUESTS
     while len(finished) < len(REQUESTS):
-        finished |= call("advance", 1, new, **HOW).finished
+        finished |= call("advance", 1, new, **HOW, groups=GROUPS, extra=("fai_all",)).finished
         new = []
-    return {number: completion.token_ids.tolist() for number, completion in finished.items()}
+    return [finished[number] for number, _ in REQUESTS]
 
 
-def test_two_workers_sample_what_one_samples_and_an_engine_that_loses_one_is_lost(start) -> None:
+def assert_same(one, two):
+    """Tokens, and signals measured on the way, each worker those of its own heads."""
+    assert [c.token_ids.tolist() for c in one] == [c.token_ids.tolist() for c in two]
+    assert torch.cat([c.decoded.columns["fai"] for c in one]).max() > 1e-3
+    for a, b in zip(one, two, strict=True):
+        assert a.decoded.columns.keys() == b.decoded.columns.keys() == {"waad", "fai", "fai_all"}
+        for name, column in a.decoded.columns.items():
+            torch.testing.assert_close(b.decoded.columns[name], column, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b.decoded.sink_mass, a.decoded.sink_mass, rtol=1e-4, atol=1e-5)
+
+
+def test_two_workers_sample_and_measure_what_one_does_and_an_engine_that_loses_one_is_lost(start) -> None:
     one, _ = start(1)
     two, process = start(2)
-    assert tokens(one) == tokens(two)
+    assert_same(completions(one), completions(two))
     both = workers(process)
     assert len(both) == 2
     both[1].kill()
@@ -78,19 +90,3 @@ def test_workers_end_with_their_engine(start) -> None:
     both = workers(process)
     process.kill()
     wait_for(lambda: not any(worker.is_running() for worker in both), "the workers to end", 30)
-
-
-def test_workers_measure_their_own_heads_while_they_sample(start):
-    decode = {"source": "rollout", "forward": "decode", "heads": {"scope": "calibrated"}, "fai_low": 1, "fai_high": 9}
-    groups = torch.tensor([[-1, 1, 0, -1], [0, -1, 1, 1]], dtype=torch.int8)
-    found = []
-    for width in (1, 2):
-        call, _ = start(width, **decode)
-        done = call("advance", 1, REQUESTS, **HOW, groups=groups, extra=("fai_all",)).finished
-        found.append([done[number].decoded for number, _ in REQUESTS])
-    assert torch.cat([one.columns["fai"] for one in found[0]]).max() > 1e-3
-    for one, two in zip(*found, strict=True):
-        assert one.columns.keys() == two.columns.keys() == {"waad", "fai", "fai_all"}
-        for name, column in one.columns.items():
-            torch.testing.assert_close(two.columns[name], column, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(two.sink_mass, one.sink_mass, rtol=1e-4, atol=1e-5)
