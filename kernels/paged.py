@@ -17,6 +17,7 @@ from torch import Tensor
 from .statistics import AttentionVariant, StatisticsOptions
 
 WAAD, FAI, SINK_MASS = range(3)  # a slot's three numbers of a head
+MOST_NUMBERS = 1 << 24  # of keys that the torch path holds at a time, padded to the longest request
 
 
 def refusal(options: StatisticsOptions) -> str | None:
@@ -66,35 +67,54 @@ def decode_statistics(
     if lse is not None and _fused(q):
         _launch(out, q, keys, starts, lengths, pages, options, variant, lse)
         return
-    table, bounds = pages.tolist(), starts.tolist()
-    for r, (row, end, length) in enumerate(zip(bounds, bounds[1:], lengths.tolist(), strict=False)):
-        if end - row != 1:
-            continue
-        s = torch.arange(length)
-        size = keys.shape[1]
-        page = torch.tensor(table[r])[s // size]
-        slots = page * size + s % size  # [N]
-        p = _row(q[row], keys[page, s % size], variant)  # [Hq, N]
-        distance = length - 1 - s
-        band = (distance >= options.fai_low) & (distance <= options.fai_high)
-        out[slots[-1], WAAD] = (p * distance.clamp(max=options.waad_window)).sum(-1)
-        out[slots[-1], FAI] = 0
-        out[slots[-1], SINK_MASS] = p[:, 0]
-        out[slots[band], FAI] += p.T[band]
+    rows = (starts.diff() == 1).nonzero()[:, 0]
+    if not len(rows):
+        return
+    most = max(1, MOST_NUMBERS // max(1, int(lengths.max()) * keys[0, 0].numel()))
+    for part in rows.split(most):
+        _add_rows(out, q[starts[part]], keys, lengths[part], pages[part].long(), options, variant)
 
 
-def _row(q: Tensor, keys: Tensor, variant: AttentionVariant) -> Tensor:
-    """[Hq, N], what the last of N tokens gives to each, by its query [Hq, D] and the keys [N, Hkv, D]."""
-    heads, length = len(q), len(keys)
-    k = keys.float().transpose(0, 1).repeat_interleave(heads // keys.shape[1], 0)  # [Hq, N, D]
-    logits = (k @ q.float()[..., None])[..., 0] * variant.scale
+def _add_rows(
+    out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    options: StatisticsOptions,
+    variant: AttentionVariant,
+) -> None:
+    """Of requests with a row each, q [R, Hq, D]; N is the longest one's length."""
+    size = keys.shape[1]
+    s = torch.arange(int(lengths.max()))
+    distance = lengths[:, None] - 1 - s  # [R, N]
+    visible = distance >= 0
+    page = pages[:, s // size].where(visible, 0)
+    slots = page * size + s % size
+    k = keys[page, s % size].float()  # [R, N, Hkv, D]
+    logits = torch.einsum("rkgd,rnkd->rkgn", q.float().unflatten(1, (keys.shape[2], -1)), k).flatten(1, 2)
+    p = _maps(logits * variant.scale, distance, variant)  # [R, Hq, N]
+
+    own = slots.gather(1, lengths[:, None].long() - 1)[:, 0]
+    out[own, WAAD] = (p * distance.clamp(0, options.waad_window)[:, None]).sum(-1)
+    out[own, FAI] = 0
+    out[own, SINK_MASS] = p[..., 0]
+    band = visible & (distance >= options.fai_low) & (distance <= (options.fai_high or 0))
+    out[slots[band], FAI] += p.transpose(1, 2)[band]  # prompts that requests share lose some, which nobody reads
+
+
+def _maps(logits: Tensor, distance: Tensor, variant: AttentionVariant) -> Tensor:
+    """What rows give to the keys at a `distance` [R, N], by their products `logits` [R, Hq, N]."""
     if variant.softcap is not None:
         logits = variant.softcap * (logits / variant.softcap).tanh()
+    hidden = distance < 0
     if variant.sliding_window is not None:
-        logits[:, : max(0, length - variant.sliding_window)] = -torch.inf
+        hidden |= distance >= variant.sliding_window
+    logits = logits.masked_fill(hidden[:, None], -torch.inf)
     if variant.sinks is not None:  # as one more key, in front
-        logits = torch.cat([variant.sinks.float()[:, None], logits], -1)
-    return logits.softmax(-1)[:, -length:]
+        sinks = variant.sinks.float()[:, None].expand(len(logits), -1, 1)
+        logits = torch.cat([sinks, logits], -1)
+    return logits.softmax(-1)[..., -distance.shape[1] :]
 
 
 def _fused(q: Tensor) -> bool:

@@ -172,13 +172,13 @@ class SlotStore:
             last = np.minimum(position + options.fai_high, count - 1)
             counted.append(np.maximum(last - position - options.fai_low + 1, 1))  # where there are none, the sum is 0
         lengths = [len(own) for own in slots]
-        index, rows, ends = (
-            torch.from_numpy(np.asarray(x)).to(self.slots.device, non_blocking=True)
-            for x in (np.concatenate(slots), np.concatenate(counted), lengths)
+        index, rows = (
+            torch.from_numpy(np.concatenate(parts)).to(self.slots.device, non_blocking=True)
+            for parts in (slots, counted)
         )
         found = self.slots.flatten(0, 1)[index]  # [sum of n, L, 3, H]
         found[:, :, FAI] /= rows[:, None, None]
-        sinks = torch.segment_reduce(found[:, :, SINK_MASS].contiguous(), "sum", lengths=ends, initial=0, unsafe=True)
+        sinks = torch.stack([own.sum(0) for own in found[:, :, SINK_MASS].split(lengths)])
         return (self._weights @ found.flatten(1).T.double()).split(lengths, 1), sinks  # fp32 may be cut to TF32
 
     def pull(self) -> bytes:

@@ -217,7 +217,8 @@ class Engine:
             self._look_at_queue()
         if names and groups is not None:
             for name, decoded in decoded_of(self.llm.collective_rpc("rlattn_pull"), groups, extra).items():
-                finished[names[name]] = replace(finished[names[name]], decoded=decoded)
+                if name in names:  # not of a batch that failed
+                    finished[names[name]] = replace(finished[names[name]], decoded=decoded)
         return Progress(finished, cut, self._activity())
 
     def _cut(self, longest: int, group: int) -> list[int]:

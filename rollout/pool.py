@@ -76,6 +76,7 @@ class RolloutPool:
         self._broadcast_to = {name for name, kind in backends.items() if kind == "nccl"}
         self._broadcasts: transfer.Broadcasts | None = None
         self._sent = 0, 0.0  # bytes and seconds of the last transfer
+        self._decoded: dict[str, float] = {}
         self.layers: list[int] = []  # that engines are asked about
         if config.signals.source == "rollout":
             shape = AutoConfig.from_pretrained(model_path)
@@ -300,11 +301,12 @@ class RolloutPool:
 
     def metrics(self) -> dict[str, float]:
         """What the engines did in the last batch, see `Fleet.metrics`; of the last weights or adapter sent to them
-        `rollout/sent_mib`, over all engines, and `perf/sent_mib_per_second`, gathering and loading among it.
+        `rollout/sent_mib`, over all engines, and `perf/sent_mib_per_second`, gathering and loading among it; and with
+        `signals.forward: decode`, `rollout/decoded_share` of the completions, whose attention sampling measured.
         """
         size, seconds = self._sent
         sent = {"rollout/sent_mib": size / 2**20, "perf/sent_mib_per_second": size / 2**20 / seconds} if size else {}
-        return self.fleet.metrics() | sent
+        return self.fleet.metrics() | sent | self._decoded
 
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
@@ -315,6 +317,9 @@ class RolloutPool:
 
     def _pack(self, problems: list[Problem], prompts: list[list[int]], completions: list[Completion]) -> Rollouts:
         size, groups = len(prompts), len(prompts) // len(problems)
+        decoded = [c.decoded for c in completions] if self.config.signals.forward == "decode" else None
+        if decoded:
+            self._decoded = {"rollout/decoded_share": sum(own is not None for own in decoded) / size}
         tokens, logps = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             tokens += [np.asarray(prompt, dtype=np.int64), completion.token_ids]
@@ -334,7 +339,7 @@ class RolloutPool:
             texts=self._texts(completions),
             problems=[problems[group] for group in group_ids.tolist()],
             reward_parts={},
-            decoded=[c.decoded for c in completions] if self.config.signals.forward == "decode" else None,
+            decoded=decoded,
         )
 
 

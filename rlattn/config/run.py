@@ -174,10 +174,11 @@ class RunConfig(Section):
                 f"signals.forward=decode sees a row's own band alone, which signals.fai_high={signals.fai_high} and "
                 f"signals.sink_tokens={signals.sink_tokens} do not fit; give a number and 0, or set it to score"
             )
-        if self.rollout.engine_args.get("speculative_config"):
+        taken = [name for name in ("speculative_config", "kv_cache_dtype") if name in self.rollout.engine_args]
+        if taken:
             raise ValueError(
-                "signals.forward=decode counts one row a step, but rollout.engine_args has a speculative_config; leave "
-                "that out, or set signals.forward to score"
+                "signals.forward=decode counts one row a step and reads keys in the model's type, which "
+                f"rollout.engine_args.{taken[0]} changes; leave that out, or set signals.forward to score"
             )
 
     def _check_training_forward(self) -> None:

@@ -15,7 +15,7 @@ PAGE = 8
 def decode(batch, options, *, given_lse, device="cpu", **variant):
     """What a decoder measures of the batch's responses, and what the definitions say: name -> [H, t] each.
 
-    Every step has an idle place and, while there are, a prompt of several tokens, neither of which it may count.
+    Every step has an idle place, the first nothing but prompts of several tokens, and the second one: none may count.
     """
     made = {"scale": 0.3} | {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in variant.items()}
     shared = {"options": options, "scale": 0.3} | variant
@@ -35,18 +35,18 @@ def decode(batch, options, *, given_lse, device="cpu", **variant):
     # Layers share a store in a decoder, so a slot's numbers are not next to another slot's; old ones must not matter.
     out = torch.full((len(keys) * PAGE, 2, 3, batch.q.shape[1]), 7.0, device=device)
     done = [start - begin for start, (begin, _) in zip(batch.response_starts, batch.bounds, strict=True)]
-    first = True
+    turn = 0
     while any(done[b] < len(slots[b]) for b in range(len(slots))):
         rows, starts, lengths = [], [0], []
         for b, (begin, end) in enumerate(batch.bounds):
-            prompt = first and b == 1
+            prompt = turn == 0 or (turn == 1 and b == 1)
             new = min(3, done[b]) if prompt else int(done[b] < end - begin)
             last = done[b] if prompt else done[b] + new
             rows += range(begin + last - new, begin + last)
             lengths.append(last)
             starts.append(len(rows))
             done[b] += 0 if prompt else new
-        first = False
+        turn += 1
         step = {"starts": [*starts, len(rows)], "lengths": [*lengths, 0]}
         decode_statistics(
             out[:, 1],

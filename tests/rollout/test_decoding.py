@@ -131,9 +131,10 @@ def test_what_decoding_cannot_measure_is_refused(signals, named) -> None:
         run_config(signals=DECODE | signals)
 
 
-def test_speculative_decoding_is_refused() -> None:
-    with pytest.raises(ValidationError, match="speculative_config"):
-        run_config(signals=DECODE, rollout={"engine_args": {"speculative_config": {"method": "ngram"}}})
+@pytest.mark.parametrize("name", ["speculative_config", "kv_cache_dtype"])
+def test_what_would_change_rows_or_keys_is_refused(name) -> None:
+    with pytest.raises(ValidationError, match=name):
+        run_config(signals=DECODE, rollout={"engine_args": {name: "any"}})
 
 
 def test_what_was_decoded_stays_with_its_sequence() -> None:

@@ -182,6 +182,7 @@ def test_attention_is_measured_while_engines_sample(tmp_path, cache):
     small = ["policy.ranks=1", "policy.deepspeed={}", "trainer.steps=2", "trainer.eval_steps=0"]
     finish(command(tmp_path, cache, *small, "ray.placement=colocate", "rollout.sleep=true", decode))
     first, second = read_metrics(tmp_path)
+    assert (first["rollout/decoded_share"], second["rollout/decoded_share"]) == (0, 1)
     assert any(name.startswith("signals/attention_entropy") for name in first)
     assert not any(name.startswith("signals/attention_entropy") for name in second)
     for name in ("signals/waad_mean", "signals/fai_top_share", "credit/amplified_share", "credit/mean_gamma"):
