@@ -161,7 +161,7 @@ class SlotStore:
     def _reduce(self, tracks: Sequence[Track], counts: Sequence[int]) -> tuple[Sequence[Tensor], Tensor]:
         """Of each request with so many rows computed [C, n] and, summed over rows, [L, H].
 
-        Few operators whatever the number of requests: where completions are short, hundreds end at once.
+        One gather and one product whatever the number of requests, as hundreds may end at once.
         """
         options, size = self.options, self.slots.shape[1]
         assert options.fai_high is not None
