@@ -9,8 +9,6 @@ one by one, so nothing is read twice and no two programs write the same number o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -58,15 +56,21 @@ def decode_statistics(
         lse: [Hq, T] fp32 of the rows, nats; None, which only torch takes, has it computed from every key.
 
     Raises:
-        ValueError: options that `refusal` names.
+        ValueError: options that `refusal` names, or queries that the kernels on CUDA cannot take.
     """
     reason = refusal(options)
     if reason:
         raise ValueError(reason)
     assert options.fai_high is not None
-    if lse is not None and _fused(q):
-        _launch(out, q, keys, starts, lengths, pages, options, variant, lse)
-        return
+    if lse is not None:
+        from . import fused, paged_kernel  # triton is no part of torch's CPU builds
+
+        unfit = fused.refusal(q)
+        if unfit is None:
+            paged_kernel.launch(out, q, keys, starts, lengths, pages, lse, options, variant)
+            return
+        if q.is_cuda:
+            raise ValueError(f"decode_statistics: {unfit}")
     rows = (starts.diff() == 1).nonzero()[:, 0]
     if not len(rows):
         return
@@ -115,30 +119,3 @@ def _maps(logits: Tensor, distance: Tensor, variant: AttentionVariant) -> Tensor
         sinks = variant.sinks.float()[:, None].expand(len(logits), -1, 1)
         logits = torch.cat([sinks, logits], -1)
     return logits.softmax(-1)[..., -distance.shape[1] :]
-
-
-def _fused(q: Tensor) -> bool:
-    from .fused import refusal
-
-    return refusal(q) is None
-
-
-def _launch(
-    out: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    pages: Tensor,
-    options: StatisticsOptions,
-    variant: AttentionVariant,
-    lse: Tensor,
-) -> None:
-    from .paged_kernel import launch
-
-    extra: dict[str, Any] = {
-        "softcap": variant.softcap,
-        "sinks": variant.sinks,
-        "sliding_window": variant.sliding_window,
-    }
-    launch(out, q, keys, starts, lengths, pages, lse, scale=variant.scale, options=options, **extra)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused import INTERPRETED
-from .statistics import StatisticsOptions
+from .statistics import AttentionVariant, StatisticsOptions
 from .tiles import LOG2E, cap, exponent
 
 
@@ -23,12 +23,8 @@ def launch(
     lengths: Tensor,
     pages: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
     options: StatisticsOptions,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    variant: AttentionVariant,
 ) -> None:
     """`decode_statistics` on a GPU; `lse` [Hq, T] is given."""
     if INTERPRETED and q.dtype == torch.bfloat16:
@@ -44,14 +40,14 @@ def launch(
         lengths,
         pages,
         lse,
-        q if sinks is None else sinks,
+        q if variant.sinks is None else variant.sinks,
         *out.stride(),
         *q.stride()[:2],
         *keys.stride()[:3],
         pages.stride(0),
         lse.stride(0),
-        scale,
-        softcap or 1.0,
+        variant.scale,
+        variant.softcap or 1.0,
         GROUP=group,
         HEADS=max(16, triton.next_power_of_2(group)),
         DIM=dim,
@@ -62,9 +58,9 @@ def launch(
         WAAD_WINDOW=options.waad_window,
         FAI_LOW=options.fai_low,
         FAI_HIGH=options.fai_high,
-        SLIDING_WINDOW=sliding_window or 0,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_SINKS=sinks is not None,
+        SLIDING_WINDOW=variant.sliding_window or 0,
+        HAS_SOFTCAP=variant.softcap is not None,
+        HAS_SINKS=variant.sinks is not None,
         num_warps=4,
     )
 
