@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load
@@ -103,16 +104,18 @@ def _prefill(
         raise
     finally:
         workers = [load(part) for part in llm.collective_rpc("rlattn_close_capture")]
-    kinds = [part.name for part in fields(AttentionStatistics)]
-    found: dict[int, dict[int, AttentionStatistics]] = {}
-    for name, place in names.items():
-        if all(f"{name}/{layer}/lse" in worker for worker in workers for layer in layers):
-            found[place] = {}
-            for layer in layers:
-                parts = {
-                    kind: torch.cat([worker[f"{name}/{layer}/{kind}"] for worker in workers])
-                    for kind in kinds
-                    if f"{name}/{layer}/{kind}" in workers[0]
-                }
-                found[place][layer] = AttentionStatistics(**dict.fromkeys(kinds) | parts)  # type: ignore[arg-type]
-    return found
+    lengths = json.loads(bytes(workers[0]["requests"].tolist()))
+    assert all(torch.equal(worker["requests"], workers[0]["requests"]) for worker in workers)  # they see the same rows
+    columns = {
+        key: torch.cat([worker[key] for worker in workers]).split(list(lengths.values()), 1)  # heads of all workers
+        for key in workers[0].keys() - {"requests"}
+    }
+
+    def statistics(place: int, layer: int) -> AttentionStatistics:
+        found: dict[str, Any] = dict.fromkeys(part.name for part in fields(AttentionStatistics))
+        for kind in found:
+            if of_all := columns.get(f"{layer}/{kind}"):
+                found[kind] = of_all[place]
+        return AttentionStatistics(**found)
+
+    return {names[name]: {layer: statistics(i, layer) for layer in layers} for i, name in enumerate(lengths)}

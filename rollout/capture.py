@@ -8,6 +8,7 @@ by compiled models, so nothing is compiled again and generation keeps its CUDA g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -138,19 +139,23 @@ class CaptureExtension:
         self._rlattn_listener = Listener(chosen, StatisticsOptions(**options), bounds, self._rlattn_names())
 
     def rlattn_close_capture(self) -> bytes:
-        """Stop listening; returns what was measured as safetensors, `request/layer/statistic` -> [Hq, N] fp32.
+        """Stop listening; returns what was measured as safetensors, `layer/statistic` -> [Hq, t] fp32.
 
-        A request whose rows did not all pass is not among them.
+        t are the tokens of the requests all of whose rows passed, one after the other; `requests` has their names and
+        lengths, as JSON in bytes. Few large tensors, since each takes its time to be copied and packed.
         """
         listener = self._rlattn_listener
         listener.close()
         del self._rlattn_listener
-        tensors = {
-            f"{name}/{index}/{part.name}": value.float().cpu().contiguous()
-            for (name, index), statistics in listener.done.items()
-            for part in fields(statistics)
-            if (value := getattr(statistics, part.name)) is not None
-        }
+        done, layers = listener.done, listener.layers
+        whole = [name for name in listener.wanted if all((name, index) in done for index in layers)]
+        about = json.dumps({name: listener.wanted[name][0] for name in whole})
+        tensors = {"requests": torch.tensor(list(about.encode()), dtype=torch.uint8)}
+        for index in layers if whole else ():
+            for part in fields(AttentionStatistics):
+                values = [getattr(done[name, index], part.name) for name in whole]
+                if values[0] is not None:
+                    tensors[f"{index}/{part.name}"] = torch.cat(values, 1).cpu()
         return save(tensors)
 
     def _rlattn_names(self) -> Callable[[], Sequence[str]]:
