@@ -9,9 +9,7 @@ from typing import Any
 
 from rlattn.config import ConfigError, RunConfig
 from rlattn.config.policy import MAX_SERVED_RANK
-from rlattn.rollout.decoding import SECTION, WORKER
 from rlattn.rollout.placement import on_gpu
-from rlattn.signals import statistics_options
 
 # vLLM keys that rlattn sets; setting them twice would mean that one of the two is ignored.
 OWNED_ENGINE_ARGS = {
@@ -83,6 +81,9 @@ def engine_args(
         "disable_log_stats": True,
     }
     if config.signals.forward == "decode":
+        from rlattn.rollout.decoding import SECTION, WORKER  # torch, which checks at the door do without
+        from rlattn.signals import statistics_options
+
         settings = {"layers": list(layers), "options": asdict(statistics_options(config.signals))}
         owned |= {"worker_cls": WORKER, "additional_config": {SECTION: settings}, "disable_cascade_attn": True}
     if backend:

@@ -123,7 +123,8 @@ class Numbers:
 class Recorded:
     tokenizer = Numbers()
 
-    def generate(self, problems, num_generations, *, seed, step, first, keep):
+    def generate(self, problems, num_generations, *, seed, step, first, keep, groups, extra):
+        assert groups is None  # sampling measures nothing here
         count = len(problems) * num_generations
         lengths = torch.randint(4, 24, (count,), generator=torch.Generator().manual_seed(step)).tolist()
         rollouts = make_rollouts([5] * count, lengths, seed=step, group_size=num_generations)

@@ -113,7 +113,8 @@ def test_one_forward_does_what_two_do(model_path, batch, options):
 class Recorded:
     """Where the trainer gets its rollouts: a function of the step, so that only the policy differs between runs."""
 
-    def generate(self, problems, num_generations, *, seed, step, first, keep):
+    def generate(self, problems, num_generations, *, seed, step, first, keep, groups, extra):
+        assert groups is None  # sampling measures nothing here
         count = len(problems) * num_generations
         lengths = torch.randint(1, 24, (count,), generator=torch.Generator().manual_seed(seed + step))
         rollouts = make_rollouts([5] * count, lengths.tolist(), seed=step, group_size=num_generations)
