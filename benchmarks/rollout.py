@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,10 +62,9 @@ def engine(model: str, kind: str, shape: str) -> Any:
     if kind in ("ours", "decoding"):
         arguments["worker_extension_cls"] = "rlattn.rollout.worker.WorkerExtension"
     if kind == "decoding":
-        from rlattn.rollout.decoding import SECTION, WORKER
+        from rlattn.rollout.decoding import listening_args
 
-        settings = {"layers": middle_layers(model), "options": asdict(StatisticsOptions())}
-        arguments |= {"worker_cls": WORKER, "additional_config": {SECTION: settings}}
+        arguments |= listening_args(middle_layers(model), StatisticsOptions())
     return LLM(model, skip_tokenizer_init=True, distributed_executor_backend="uni", **arguments)
 
 

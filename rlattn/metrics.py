@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """`rewards/<part>/mean` and what the completions look like (lengths in tokens)."""
+    """`rewards/<part>/mean`, what the completions look like (lengths in tokens), and `rollout/decoded_share`.
+
+    This is the share of them whose attention sampling measured, where it is to.
+    """
     lengths = rollouts.response_lengths.float()
     metrics = {f"rewards/{name}/mean": part.mean().item() for name, part in rollouts.reward_parts.items()}
+    if rollouts.decoded is not None:
+        metrics["rollout/decoded_share"] = sum(own is not None for own in rollouts.decoded) / len(rollouts)
     return metrics | {
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),

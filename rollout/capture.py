@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlattn.kernels import AttentionStatistics, StatisticsOptions, attention_statistics
+from rlattn.kernels.statistics import AttentionVariant
 
 
 @dataclass
@@ -114,11 +115,8 @@ class Listener:
             k,
             [0, tokens],
             [response_start],
-            scale=layer.impl.scale,
             options=self.options,
-            sliding_window=layer.sliding_window,
-            softcap=getattr(layer.impl, "logits_soft_cap", None) or None,
-            sinks=getattr(layer.impl, "sinks", None),
+            **vars(variant_of(layer)),
         )
 
 
@@ -172,6 +170,13 @@ class CaptureExtension:
 
             runner._rlattn_batch, runner.prepare_inputs = None, watched
         return lambda: runner._rlattn_batch.req_ids
+
+
+def variant_of(layer: Any) -> AttentionVariant:
+    """How vLLM's attention layer makes its map."""
+    impl = layer.impl
+    softcap = getattr(impl, "logits_soft_cap", None) or None
+    return AttentionVariant(impl.scale, layer.sliding_window, softcap, getattr(impl, "sinks", None))
 
 
 def attention_layers(context: dict[str, Any], wanted: Sequence[int]) -> dict[int, Any]:

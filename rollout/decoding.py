@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from rlattn.kernels import StatisticsOptions
 from rlattn.kernels.paged import FAI, SINK_MASS, WAAD, decode_statistics
 from rlattn.kernels.statistics import AttentionVariant
+from rlattn.rollout.capture import variant_of
 from rlattn.signals import GLOBAL, LOCAL
 from rlattn.types import Decoded, ExtraSignal
 
@@ -28,6 +29,12 @@ WORKER = "rlattn.rollout.decoding_worker.DecodingWorker"
 SECTION = "rlattn"  # of vLLM's `additional_config`
 MOST_ROWS = 1 << 16  # that are reduced at a time, 3 KB each for five layers of 16 heads
 STEPS = 3  # a finished request was in one of so many last steps, as vLLM schedules up to two ahead of its outputs
+
+
+def listening_args(layers: Sequence[int], options: StatisticsOptions) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that have sampling listened to in some layers."""
+    settings = {"layers": list(layers), "options": asdict(options)}
+    return {"worker_cls": WORKER, "additional_config": {SECTION: settings}, "disable_cascade_attn": True}
 
 
 def signal_weights(groups: Tensor, extra: Sequence[ExtraSignal] = ()) -> Tensor:
@@ -110,7 +117,7 @@ class SlotStore:
         if device.type == "cuda":
             self._hear_flash(layers, dtype)
         else:
-            self._hear_keys(layers)
+            self._hear_keys(layers, dtype)
 
     def note(self, scheduled: Any) -> None:
         """Take in what vLLM's scheduler has decided about the next step (`SchedulerOutput`).
@@ -237,24 +244,24 @@ class SlotStore:
 
         return forward
 
-    def _hear_keys(self, layers: dict[int, Any]) -> None:
+    def _hear_keys(self, layers: dict[int, Any], dtype: torch.dtype) -> None:
         """On a CPU, whose cache is packed for its kernels: keep the keys once more, and compute the rows."""
         for place, layer in enumerate(layers.values()):
-            layer.impl.forward = self._keeping_keys(place, variant_of(layer), layer.impl.forward)
+            keys = torch.zeros(*self.slots.shape[:2], layer.impl.num_kv_heads, layer.impl.head_size, dtype=dtype)
+            layer.impl.forward = self._keeping(keys, place, variant_of(layer), layer.impl.forward)
 
-    def _keeping_keys(self, place: int, variant: AttentionVariant, original: Callable[..., Any]) -> Callable[..., Any]:
-        store: list[Tensor] = []
-
+    def _keeping(
+        self, keys: Tensor, place: int, variant: AttentionVariant, original: Callable[..., Any]
+    ) -> Callable[..., Any]:
         def forward(
             layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Any, step: Any, *more: Any, **named: Any
         ) -> Any:
             result = original(layer, query, key, value, cache, step, *more, **named)
             if step is not None:  # warm-up has none
-                store[:] = store or [key.new_zeros(*self.slots.shape[:2], *key.shape[1:])]
                 tokens = step.num_actual_tokens
-                store[0].flatten(0, 1)[step.slot_mapping[:tokens]] = key[:tokens]
+                keys.flatten(0, 1)[step.slot_mapping[:tokens]] = key[:tokens]
                 bounds = {"starts": step.query_start_loc, "lengths": step.seq_lens, "pages": step.block_table}
-                self._add(place, variant, q=query[:tokens], keys=store[0], **bounds)
+                self._add(place, variant, q=query[:tokens], keys=keys, **bounds)
             return result
 
         return forward
@@ -262,10 +269,3 @@ class SlotStore:
     def _add(self, place: int, variant: AttentionVariant, **step: Any) -> None:
         out = self.slots[:, :, place].flatten(0, 1)
         decode_statistics(out, options=self.options, variant=variant, **step)
-
-
-def variant_of(layer: Any) -> AttentionVariant:
-    """How vLLM's attention layer makes its map."""
-    impl = layer.impl
-    softcap = getattr(impl, "logits_soft_cap", None) or None
-    return AttentionVariant(impl.scale, layer.sliding_window, softcap, getattr(impl, "sinks", None))

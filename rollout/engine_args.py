@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rlattn.config import ConfigError, RunConfig
@@ -81,11 +80,10 @@ def engine_args(
         "disable_log_stats": True,
     }
     if config.signals.forward == "decode":
-        from rlattn.rollout.decoding import SECTION, WORKER  # torch, which checks at the door do without
+        from rlattn.rollout.decoding import listening_args  # torch, which checks at the door do without
         from rlattn.signals import statistics_options
 
-        settings = {"layers": list(layers), "options": asdict(statistics_options(config.signals))}
-        owned |= {"worker_cls": WORKER, "additional_config": {SECTION: settings}, "disable_cascade_attn": True}
+        owned |= listening_args(layers, statistics_options(config.signals))
     if backend:
         owned["weight_transfer_config"] = {"backend": backend}
     if config.policy.sends_adapters:

@@ -30,7 +30,7 @@ from rlattn.rollout.engine_args import engine_args, engine_env
 from rlattn.rollout.fleet import Audience, Everyone, Fleet, OnlyOne
 from rlattn.rollout.long_tail import Shortest
 from rlattn.rollout.placement import Plan, Seat
-from rlattn.rollout.scoring import signals_of
+from rlattn.rollout.scoring import score_signals, signals_of
 from rlattn.signals import HeadGroups, group_tensor
 from rlattn.types import ExtraSignal, Rollouts, Scores
 
@@ -76,7 +76,6 @@ class RolloutPool:
         self._broadcast_to = {name for name, kind in backends.items() if kind == "nccl"}
         self._broadcasts: transfer.Broadcasts | None = None
         self._sent = 0, 0.0  # bytes and seconds of the last transfer
-        self._decoded: dict[str, float] = {}
         self.layers: list[int] = []  # that engines are asked about
         if config.signals.source == "rollout":
             shape = AutoConfig.from_pretrained(model_path)
@@ -215,8 +214,8 @@ class RolloutPool:
         Raises:
             ActorError: as `generate`; an engine that is lost is rebuilt, and everything measured again.
         """
-        asked = partial(signals_of, self.fleet, self.config, self.layers, rollouts, groups, extra)
-        signals = self.fleet.insist(asked)
+        prefill = partial(score_signals, self.fleet, self.config, self.layers, extra)
+        signals = self.fleet.insist(partial(signals_of, rollouts, self.layers, groups, extra, prefill))
         return Scores(rollouts.sampled_logps, torch.zeros_like(rollouts.sampled_logps), signals)
 
     def sleep(self) -> None:
@@ -301,12 +300,11 @@ class RolloutPool:
 
     def metrics(self) -> dict[str, float]:
         """What the engines did in the last batch, see `Fleet.metrics`; of the last weights or adapter sent to them
-        `rollout/sent_mib`, over all engines, and `perf/sent_mib_per_second`, gathering and loading among it; and with
-        `signals.forward: decode`, `rollout/decoded_share` of the completions, whose attention sampling measured.
+        `rollout/sent_mib`, over all engines, and `perf/sent_mib_per_second`, gathering and loading among it.
         """
         size, seconds = self._sent
         sent = {"rollout/sent_mib": size / 2**20, "perf/sent_mib_per_second": size / 2**20 / seconds} if size else {}
-        return self.fleet.metrics() | sent | self._decoded
+        return self.fleet.metrics() | sent
 
     def shutdown(self) -> None:
         """End the engines' actors; safe to call twice."""
@@ -317,9 +315,6 @@ class RolloutPool:
 
     def _pack(self, problems: list[Problem], prompts: list[list[int]], completions: list[Completion]) -> Rollouts:
         size, groups = len(prompts), len(prompts) // len(problems)
-        decoded = [c.decoded for c in completions] if self.config.signals.forward == "decode" else None
-        if decoded:
-            self._decoded = {"rollout/decoded_share": sum(own is not None for own in decoded) / size}
         tokens, logps = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             tokens += [np.asarray(prompt, dtype=np.int64), completion.token_ids]
@@ -339,7 +334,7 @@ class RolloutPool:
             texts=self._texts(completions),
             problems=[problems[group] for group in group_ids.tolist()],
             reward_parts={},
-            decoded=decoded,
+            decoded=[c.decoded for c in completions] if self.config.signals.forward == "decode" else None,
         )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,59 +22,56 @@ from rlattn.signals import (
     receivers_of,
     statistics_options,
 )
-from rlattn.types import ExtraSignal, Rollouts, Signals, token_indices
+from rlattn.types import Decoded, ExtraSignal, Rollouts, Signals, token_indices
 
 
 def signals_of(
-    fleet: Fleet,
-    config: RunConfig,
-    layers: list[int],
     rollouts: Rollouts,
+    layers: list[int],
     groups: HeadGroups | None,
     extra: Sequence[ExtraSignal],
+    prefill: Callable[[Rollouts, HeadGroups | None], Signals],
 ) -> Signals:
-    """Signals of a batch: what sampling measured by these `groups`, and of the rest what a prefill shows.
+    """Signals of a batch: what sampling measured by these `groups`, and of the rest what a `prefill` shows.
 
-    The last token of a completion was sampled and not read where sampling measured it, so its WAAD and what its row
-    would give to others are 0; a prefill has it.
-
-    Raises:
-        ActorLost: as `score_signals`.
+    Sampling that measured by no groups at all (`signals.heads.select: all`) fits every step. The last token of a
+    completion was sampled and not read where sampling measured it, so its WAAD and what its row would give to others
+    are 0; a prefill has it.
     """
-    known = group_tensor(groups)
-    decoded = rollouts.decoded or [None] * len(rollouts)
-    if config.signals.heads.select == "all":
-        known = next((torch.zeros_like(own.groups) for own in decoded if own), known)
-    fits = [own is not None and known is not None and torch.equal(own.groups, known) for own in decoded]
-    missing = [b for b, fit in enumerate(fits) if not fit]
-    if len(missing) == len(rollouts):
-        return score_signals(fleet, config, layers, rollouts, groups, extra)
+    wanted = group_tensor(groups)
+
+    def fits(own: Decoded) -> bool:
+        return not own.groups.any() or (wanted is not None and torch.equal(own.groups, wanted))
+
+    decoded = [own if own is not None and fits(own) else None for own in rollouts.decoded or [None] * len(rollouts)]
+    measured = [own for own in decoded if own is not None]
+    missing = [b for b, own in enumerate(decoded) if own is None]
+    if not measured:
+        return prefill(rollouts, groups)
     columns = {name: torch.zeros(len(rollouts.token_ids)) for name in ("waad", "fai", *extra)}  # [T] each
-    starts = (rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist()
-    sinks, rows = [], 0
-    for start, own, fit in zip(starts, decoded, fits, strict=True):
-        if own is not None and fit:
+    for start, own in zip((rollouts.cu_seqlens[:-1] + rollouts.prompt_lengths).tolist(), decoded, strict=True):
+        if own is not None:
             for name, column in columns.items():
                 column[start : start + len(own.columns[name])] = own.columns[name]
-            sinks.append(own.sink_mass)
-            rows += len(own.columns["waad"])
+    sinks = torch.stack([own.sink_mass for own in measured]).sum(0)  # [L, H]
+    rows = sum(len(own.columns["waad"]) for own in measured)
+    known = measured[0].groups
     if missing:
-        rest = score_signals(fleet, config, layers, rollouts.take(missing), groups, extra)
+        rest = prefill(rollouts.take(missing), known.tolist())
         tokens = token_indices(rollouts.cu_seqlens, missing)
         columns["waad"][tokens], columns["fai"][tokens] = rest.waad, rest.fai
         for name in extra:
             columns[name][tokens] = rest.extra[name]
         more = int(rollouts.response_lengths[missing].sum())
-        sinks.append(rest.sink_mass * more)
+        sinks += rest.sink_mass * more
         rows += more
-    assert known is not None
     return Signals(
         waad=columns["waad"],
         fai=columns["fai"],
         layers=layers,
         span=None,
         entropy=None,
-        sink_mass=torch.stack(sinks).sum(0) / max(1, rows),
+        sink_mass=sinks / max(1, rows),
         groups=known,
         extra={name: columns[name] for name in extra},
     )
@@ -84,9 +81,9 @@ def score_signals(
     fleet: Fleet,
     config: RunConfig,
     layers: list[int],
+    extra: Sequence[ExtraSignal],
     rollouts: Rollouts,
     groups: HeadGroups | None,
-    extra: Sequence[ExtraSignal],
 ) -> Signals:
     """Signals of a batch, each sequence measured by one engine; see `RolloutPool.score`.
 

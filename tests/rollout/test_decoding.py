@@ -14,7 +14,7 @@ from rollout_tiny import MAX_COMPLETION, MAX_PROMPT, make_model, run_config, sav
 
 from rlattn.problem import Problem
 from rlattn.rollout.placement import plan
-from rlattn.types import Decoded, Rollouts
+from rlattn.types import Decoded, Rollouts, Signals
 from tests.make import make_rollouts, policy_of
 
 PROBLEMS = [Problem(f"p{i}", f"{i}" * length, None) for i, length in enumerate([40, MAX_PROMPT - 1, 60, 1, 61])]
@@ -143,3 +143,24 @@ def test_what_was_decoded_stays_with_its_sequence() -> None:
     assert batch.take([2, 1]).decoded == [own[2], None]
     assert Rollouts.cat([batch, batch.take([1])]).decoded == [*own, None]
     assert Rollouts.cat([batch, make_rollouts([1], [2])]).decoded is None
+
+
+def test_without_groups_every_step_takes_what_sampling_measured_and_only_the_rest_is_scored() -> None:
+    """`signals.heads.select: all`: nobody gives groups, and none are measured."""
+    from rlattn.rollout.scoring import signals_of
+
+    none, ones = torch.zeros(1, 2, dtype=torch.int8), torch.ones(1, 2)
+    own = Decoded({"waad": torch.tensor([3.0, 4.0]), "fai": torch.tensor([0.5, 0.0])}, 2 * ones, none)
+    batch = make_rollouts([1, 2], [3, 1]).replace(decoded=[own, None])
+    asked = []
+
+    def prefill(rest, groups):
+        asked.append((rest.lengths.tolist(), groups))
+        column = torch.tensor([0.0, 0.0, 9.0])
+        return Signals(column, column, [7], None, None, 5 * ones, none)
+
+    signals = signals_of(batch, [7], None, (), prefill)
+    assert asked == [([3], [[0, 0]])]
+    assert signals.waad.tolist() == [0, 3, 4, 0, 0, 0, 9]
+    assert signals.fai.tolist() == [0, 0.5, 0, 0, 0, 0, 9]
+    torch.testing.assert_close(signals.sink_mass, (2 + 5) / 3 * ones)  # two rows and one
